@@ -1,0 +1,84 @@
+"""Normalization of NumPy arrays at the speed of memory. The names follow torch.nn."""
+
+from fastnorm.config import explain, get_num_threads, set_num_threads
+from fastnorm.functional import (
+    Gradients,
+    Statistics,
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
+from fastnorm.cross_channel import local_response_norm, normalize
+from fastnorm.install import get_include, get_library
+from fastnorm.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+    LocalResponseNorm,
+    RMSNorm,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Gradients",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "LocalResponseNorm",
+    "RMSNorm",
+    "Statistics",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "explain",
+    "get_include",
+    "get_library",
+    "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "local_response_norm",
+    "normalize",
+    "rms_norm",
+    "rms_norm_backward",
+    "set_num_threads",
+]
+
+
+def __getattr__(name):
+    if name == "__version__":
+        from fastnorm.install import version
+
+        return version()
+    raise AttributeError(f"module 'fastnorm' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""The backends, in the order in which they are tried.
+
+A backend is a module with three functions:
+
+    supports(dtype) -> None, or the reason why it cannot serve arrays of this type here
+
+    forward(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
+            momentum, flags, num_threads)
+    backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads)
+
+x, y, dy and dx are C-contiguous arrays of one type, y may be x. weight, bias, dweight, dbias
+and the running statistics are C-contiguous arrays of one type, or None. mean, var and rstd are
+contiguous float64 arrays of b*g elements: outputs of a forward, each may be None, and inputs
+of a backward. flags are those of fastnorm.h, and num_threads = 0 means all. With b > 1, running
+statistics move only where mean and var are given. The arguments have been checked.
+"""
+
+from importlib import import_module
+
+NO_MEAN = 1
+GIVEN_STATISTICS = 2
+BIASED_RUNNING_VAR = 4
+
+NAMES = ("native", "reference")
+
+_loaded = {}
+
+
+def load(name):
+    """The backend's module, or the reason why it cannot be imported."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = import_module(f"fastnorm.backends.{name}")
+        except ImportError as error:
+            _loaded[name] = f"cannot be imported: {error}"
+    return _loaded[name]
+
+
+def refusal(name, dtype):
+    """None where the backend serves this type, else the reason why not."""
+    backend = load(name)
+    return backend if isinstance(backend, str) else backend.supports(dtype)

@@ -1,0 +1,163 @@
+"""The native backend: a client of fastnorm.h, like any other."""
+
+cimport numpy as cnp
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memset
+
+from fastnorm.dtypes import TABLE
+
+cnp.import_array()
+
+
+cdef extern from "fastnorm.h" nogil:
+    ctypedef int fastnorm_status
+    ctypedef int fastnorm_dtype
+    int FASTNORM_OK
+    int FASTNORM_FLOAT32
+    int FASTNORM_FLOAT64
+    int FASTNORM_OUT_OF_MEMORY
+
+    ctypedef struct fastnorm_geometry:
+        int64_t b, o, g, k, i
+
+    ctypedef struct fastnorm_options:
+        size_t struct_size
+        int32_t num_threads
+        int32_t isa
+
+    ctypedef struct fastnorm_forward_args:
+        size_t struct_size
+        int32_t dtype, param_dtype, flags
+        double eps, momentum
+        const void* x
+        void* y
+        const void* weight
+        const void* bias
+        void* running_mean
+        void* running_var
+        double* mean
+        double* var
+        double* rstd
+
+    ctypedef struct fastnorm_backward_args:
+        size_t struct_size
+        int32_t dtype, param_dtype, flags
+        const void* dy
+        const void* x
+        const void* weight
+        const double* mean
+        const double* rstd
+        void* dx
+        void* dweight
+        void* dbias
+
+    fastnorm_status fastnorm_forward(
+        const fastnorm_geometry*, const fastnorm_forward_args*, const fastnorm_options*)
+    fastnorm_status fastnorm_backward(
+        const fastnorm_geometry*, const fastnorm_backward_args*, const fastnorm_options*)
+    const char* fastnorm_status_string(fastnorm_status)
+    const char* fastnorm_isa_name()
+    int32_t fastnorm_version()
+
+
+# The level that calls run at: 0 the best, or 2, 3, 4. Tests set it to reach every level.
+isa = 0
+
+
+def isa_name():
+    """The level that isa = 0 stands for: "v2", "v3", "v4" or "baseline"."""
+    return fastnorm_isa_name().decode()
+
+
+def version():
+    """Version of the library that was loaded, as major*10000 + minor*100 + patch."""
+    return fastnorm_version()
+
+
+def supports(dtype):
+    return None if dtype in TABLE else f"no kernels for {dtype}"
+
+
+cdef inline void* data(object array) noexcept:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray> array)
+
+
+cdef inline int code(object array) noexcept:
+    """fastnorm_dtype of an array of floats; 0 of None."""
+    if array is None:
+        return 0
+    return FASTNORM_FLOAT32 if cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.NPY_FLOAT32 else FASTNORM_FLOAT64
+
+
+cdef void load_geometry(fastnorm_geometry* into, geometry) except *:
+    into.b, into.o, into.g, into.k, into.i = geometry
+
+
+cdef void start(fastnorm_options* options, int num_threads) except *:
+    memset(options, 0, sizeof(fastnorm_options))
+    options.struct_size = sizeof(fastnorm_options)
+    options.num_threads = num_threads
+    options.isa = isa
+
+
+cdef void finish(int status) except *:
+    if status == FASTNORM_OUT_OF_MEMORY:
+        raise MemoryError
+    if status != FASTNORM_OK:
+        raise ValueError(f"libfastnorm: {fastnorm_status_string(status).decode()}")
+
+
+def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_mean,
+            running_var, double momentum, int flags, int num_threads):
+    cdef fastnorm_geometry sizes
+    cdef fastnorm_options options
+    cdef fastnorm_forward_args args
+    cdef int status
+    memset(&args, 0, sizeof(args))
+    load_geometry(&sizes, geometry)
+    start(&options, num_threads)
+    args.struct_size = sizeof(args)
+    args.dtype = code(x)
+    args.param_dtype = code(weight) or code(bias) or code(running_mean) or code(running_var)
+    args.flags = flags
+    args.eps = eps
+    args.momentum = momentum
+    args.x = data(x)
+    args.y = data(y)
+    args.weight = data(weight)
+    args.bias = data(bias)
+    args.running_mean = data(running_mean)
+    args.running_var = data(running_var)
+    args.mean = <double*> data(mean)
+    args.var = <double*> data(var)
+    args.rstd = <double*> data(rstd)
+    with nogil:
+        status = fastnorm_forward(&sizes, &args, &options)
+    finish(status)
+
+
+def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
+             int num_threads):
+    cdef fastnorm_geometry sizes
+    cdef fastnorm_options options
+    cdef fastnorm_backward_args args
+    cdef int status
+    memset(&args, 0, sizeof(args))
+    load_geometry(&sizes, geometry)
+    start(&options, num_threads)
+    args.struct_size = sizeof(args)
+    args.dtype = code(x)
+    args.param_dtype = code(weight) or code(dweight) or code(dbias)
+    args.flags = flags
+    args.dy = data(dy)
+    args.x = data(x)
+    args.weight = data(weight)
+    args.mean = <const double*> data(mean)
+    args.rstd = <const double*> data(rstd)
+    args.dx = data(dx)
+    args.dweight = data(dweight)
+    args.dbias = data(dbias)
+    with nogil:
+        status = fastnorm_backward(&sizes, &args, &options)
+    finish(status)

@@ -1,0 +1,100 @@
+"""The readable backend: what every other one computes, in NumPy and float64.
+
+It is the specification, and what runs where nothing faster can. It is not fast.
+"""
+
+import numpy as np
+
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
+from fastnorm.dtypes import TABLE
+
+SET = (1, 3, 4)  # the axes o, k, i that a set's statistics are taken over
+
+
+def supports(dtype):
+    return None if dtype in TABLE else f"no kernels for {dtype}"
+
+
+def _parameter(geometry, array, otherwise):
+    """weight or bias as (1, 1, g, k, 1)."""
+    if array is None:
+        array = np.full(geometry.g * geometry.k, otherwise)
+    return array.astype(np.float64).reshape(1, 1, geometry.g, geometry.k, 1)
+
+
+def _statistic(geometry, array):
+    """(b*g) as (b, 1, g, 1, 1)."""
+    return array.reshape(-1, 1, geometry.g, 1, 1)
+
+
+def _sets(geometry, x):
+    return x.reshape(geometry).astype(np.float64)
+
+
+def forward(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
+            momentum, flags, num_threads):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias."""
+    values = _sets(geometry, x)
+    if x.size == 0:
+        for statistic in (mean, var, rstd):
+            if statistic is not None:
+                statistic[:] = 0
+        return
+    with np.errstate(all="ignore"):
+        if flags & GIVEN_STATISTICS:
+            found_mean = _statistic(geometry, running_mean.astype(np.float64))
+            found_var = _statistic(geometry, running_var.astype(np.float64))
+        else:
+            # About the first value, so that a constant set has exactly its constant as mean.
+            first = values[:, :1, :, :1, :1]
+            first = np.where(np.isfinite(first), first, 0)
+            found_mean = first + np.mean(values - first, axis=SET, keepdims=True)
+            if flags & NO_MEAN:
+                found_mean = np.zeros_like(found_mean)
+            found_var = np.mean(np.square(values - found_mean), axis=SET, keepdims=True)
+        found_rstd = 1 / np.sqrt(found_var + eps)
+        scaled = (values - found_mean) * found_rstd
+        scaled *= _parameter(geometry, weight, 1)
+        scaled += _parameter(geometry, bias, 0)
+        y[...] = scaled.reshape(y.shape)
+        for into, found in ((mean, found_mean), (var, found_var), (rstd, found_rstd)):
+            if into is not None:
+                into[:] = found.ravel()
+        if not flags & GIVEN_STATISTICS:
+            count = geometry.values
+            unbiased = 1 if flags & BIASED_RUNNING_VAR else count / max(count - 1, 1)
+            _move(running_mean, found_mean, momentum)
+            _move(running_var, found_var * unbiased, momentum)
+
+
+def _move(running, found, momentum):
+    if running is not None:
+        batch = np.mean(found, axis=0).ravel()
+        running[:] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads):
+    """dx = rstd * (gy - mean(gy) - xhat*mean(gy*xhat)), gy = dy*weight."""
+    if x.size == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient[:] = 0
+        return
+    with np.errstate(all="ignore"):
+        grad = _sets(geometry, dy)
+        found_rstd = _statistic(geometry, rstd)
+        xhat = _sets(geometry, x)
+        if not flags & NO_MEAN:
+            xhat -= _statistic(geometry, mean)
+        xhat *= found_rstd
+        gy = grad * _parameter(geometry, weight, 1)
+        result = gy.copy()
+        if not flags & GIVEN_STATISTICS:
+            if not flags & NO_MEAN:
+                result -= np.mean(gy, axis=SET, keepdims=True)
+            result -= xhat * np.mean(gy * xhat, axis=SET, keepdims=True)
+        result *= found_rstd
+        for into, terms in ((dweight, grad * xhat), (dbias, grad)):
+            if into is not None:
+                into[...] = np.sum(terms, axis=(0, 1, 4)).reshape(into.shape)
+        dx[...] = result.reshape(dx.shape)

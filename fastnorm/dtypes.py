@@ -1,0 +1,23 @@
+"""The table of element types: one row for each type that x may have."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class DType(NamedTuple):
+    storage: np.dtype  # of x and y
+    accumulator: np.dtype  # of the readable backend's arithmetic
+    code: int  # fastnorm_dtype of fastnorm.h
+    eps: float  # machine epsilon
+    tolerance: float  # relative to the largest value of y, against the exact result
+
+
+TABLE = {
+    row.storage: row
+    for row in (
+        DType(np.dtype(np.float32), np.dtype(np.float64), 1, 2.0**-23, 1e-6),
+        DType(np.dtype(np.float64), np.dtype(np.float64), 2, 2.0**-52, 1e-14),
+    )
+}
+NAMES = " or ".join(str(storage) for storage in TABLE)

@@ -1,0 +1,679 @@
+"""The normalizations as functions: check, find the geometry, call a backend.
+
+Every argument is checked here, before anything is written, and every error text is here. Names,
+order and defaults follow torch.nn.functional. Shapes below are for layout="NCHW"; with "NHWC"
+the channels are the last axis. In all of them:
+
+    layout        "NCHW" or "channels_first": channels at axis 1, at any rank; "NHWC" or
+                  "channels_last": channels at the last axis. It is the order of the shape; an
+                  array whose memory has the other order is computed as it lies, and its result
+                  lies the same way.
+    out           receives the result and is returned: an array of x's shape and dtype, which
+                  may be x itself
+    return_stats  also return the Statistics, which the backward needs
+    backend       None (the first that can), "native" or "reference"
+    num_threads   None (as set_num_threads says), 0 (all processors) or a number
+    Raises        TypeError for a wrong type or dtype, ValueError for a wrong shape or value
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fastnorm import config, geometry
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
+from fastnorm.dtypes import NAMES as DTYPE_NAMES
+from fastnorm.dtypes import TABLE
+
+CONVENTIONS = ("torch", "keras")
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a forward normalized with: float64 arrays, one value for each set.
+
+    Shaped (C,) for batch norm, (N, C) for instance norm, (N, G) for group norm, and as the
+    leading axes of x for layer and RMS norm.
+
+    Attributes:
+        mean: of the values (for RMS norm 0).
+        var: the population variance (for RMS norm the mean square).
+        rstd: 1 / sqrt(var + eps).
+        given: True where they are running statistics: a backward takes them as constants.
+    """
+
+    mean: np.ndarray
+    var: np.ndarray
+    rstd: np.ndarray
+    given: bool = False
+
+
+class Gradients(NamedTuple):
+    """Gradients of a backward, by x, weight and bias (RMS norm: None)."""
+
+    dx: np.ndarray
+    dweight: np.ndarray
+    dbias: np.ndarray | None
+
+
+# ---- checks ------------------------------------------------------------------------------
+
+
+def check_input(name, x, what="x", least=1, like=None):
+    if not isinstance(x, np.ndarray):
+        raise TypeError(
+            f"{name}: {what} is a {type(x).__name__}, expected a numpy.ndarray;"
+            f" did you mean numpy.asarray({what})?"
+        )
+    if x.dtype not in TABLE:
+        raise TypeError(
+            f"{name}: {what} has dtype {x.dtype}, expected {DTYPE_NAMES};"
+            f" did you mean {what}.astype(numpy.float32)?"
+        )
+    if x.ndim < least:
+        raise ValueError(
+            f"{name}: {what} has shape {x.shape}, expected at least {least} axes;"
+            " is the batch axis missing?"
+        )
+    if like is not None and (x.shape != like.shape or x.dtype != like.dtype):
+        raise ValueError(
+            f"{name}: {what} has shape {x.shape} and dtype {x.dtype}, expected those of x,"
+            f" {like.shape} and {like.dtype}"
+        )
+
+
+def channels_first(name, layout):
+    try:
+        return geometry.CHANNELS_FIRST[layout]
+    except (KeyError, TypeError):
+        known = ", ".join(map(repr, geometry.CHANNELS_FIRST))
+        raise ValueError(f"{name}: layout is {layout!r}, expected one of {known}") from None
+
+
+def _check_number(name, what, value):
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except TypeError:
+        raise TypeError(f"{name}: {what} is {value!r}, expected a number") from None
+    raise ValueError(f"{name}: {what} is {value!r}, expected a finite number")
+
+
+def _check_parameter(name, what, array, shape, why):
+    """weight, bias or a running statistic; None stays None."""
+    if array is None:
+        return
+    if not isinstance(array, np.ndarray):
+        raise TypeError(
+            f"{name}: {what} is a {type(array).__name__}, expected a numpy.ndarray or None"
+        )
+    if array.dtype not in TABLE:
+        raise TypeError(f"{name}: {what} has dtype {array.dtype}, expected {DTYPE_NAMES}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: {what} has shape {array.shape}, expected {shape} = {why}")
+
+
+def _check_channels(name, x, layout, first, **parameters):
+    """Every parameter has one value for each channel of x."""
+    channels = x.shape[geometry.channel_axis(first)]
+    for what, array in parameters.items():
+        if array is None:
+            continue
+        why = f"channels of x {x.shape} with layout={layout!r}"
+        other = x.shape[geometry.channel_axis(not first)]
+        if getattr(array, "shape", None) == (other,) != (channels,):
+            why += f"; did you mean layout={'NHWC' if first else 'NCHW'!r}?"
+        _check_parameter(name, what, array, (channels,), why)
+    return channels
+
+
+def _check_writable(name, what, array, *others):
+    """An array that is updated in place, and shares no memory with the others."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name}: {what} is read-only, expected a writable array")
+    for other_name, other in others:
+        if other is not None and np.may_share_memory(array, other) and np.shares_memory(array, other):
+            raise ValueError(f"{name}: {what} shares memory with {other_name}, expected an array apart")
+
+
+def _same_memory(a, b):
+    return a is b or (
+        a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides
+    )
+
+
+def check_out(name, out, x, same, others=()):
+    """`out` has x's shape and dtype, is writable, and overlaps nothing but what it is."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name}: out is a {type(out).__name__}, expected a numpy.ndarray or None")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: out has shape {out.shape} and dtype {out.dtype}, expected those of x,"
+            f" {x.shape} and {x.dtype}"
+        )
+    if out.size > 1 and 0 in out.strides:
+        raise ValueError(f"{name}: out has strides {out.strides}: several elements share memory")
+    apart = [(n, a) for n, a in same if not _same_memory(out, a)]
+    _check_writable(name, "out", out, *apart, *others)
+
+
+def _in_one_type(*parameters):
+    """The parameters as C-contiguous arrays of one dtype: float64 where they differ."""
+    given = [p for p in parameters if p is not None]
+    dtypes = {p.dtype for p in given}
+    if len(dtypes) <= 1 and all(p.flags.c_contiguous for p in given):
+        return parameters
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float64)
+    return tuple(None if p is None else np.ascontiguousarray(p, dtype) for p in parameters)
+
+
+# ---- the two calls that all functions come down to ------------------------------------------
+
+
+def _forward(
+    name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats, flags,
+    backend, num_threads, running=(None, None), momentum=0.0,
+):
+    """Check what is common, compute y, and pack the result.
+
+    channel_order is (layout is channels first) for arrays with a channel axis, else None;
+    shape_of(shape, first) gives the geometry of a C-contiguous array.
+    """
+    eps = _check_number(name, "eps", eps)
+    num_threads = config.check_threads(name, num_threads)
+    engine = config.choose(name, backend, x.dtype)
+    if out is not None:
+        others = (("weight", weight), ("bias", bias), ("running_mean", running[0]))
+        check_out(name, out, x, (("x", x),), (*others, ("running_var", running[1])))
+    view, first = geometry.as_it_lies(x, channel_order)
+    sizes = shape_of(view.shape, first)
+    y, is_out = _place(view, first, out, channel_order)
+    parameters = _in_one_type(weight, bias, *running)
+    mean = var = rstd = None
+    moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
+    if return_stats or (moves and sizes.b > 1):
+        mean, var, rstd = np.empty((3, sizes.b * sizes.g))
+    engine.forward(
+        sizes, view, y, parameters[0], parameters[1], eps, mean, var, rstd, parameters[2],
+        parameters[3], momentum, flags, num_threads,
+    )
+    if moves:
+        for asked, moved in zip(running, parameters[2:], strict=True):
+            if asked is not moved:
+                asked[...] = moved
+    result = _hand_out(y, first, out, is_out, channel_order)
+    if not return_stats:
+        return result
+    given = bool(flags & GIVEN_STATISTICS)
+    shaped = (a.reshape(stats_shape) for a in (mean, var, rstd))
+    return result, Statistics(*shaped, given)
+
+
+def _place(view, first, out, channel_order):
+    """An array like view for the backend to write, and whether it is out's own memory."""
+    if out is not None:
+        lying, out_first = geometry.lying(out, channel_order)
+        if lying is not None and out_first == first:
+            return lying, True
+    return np.empty(view.shape, view.dtype), False
+
+
+def _hand_out(y, first, out, is_out, channel_order):
+    """y in the axis order that was asked for, in the caller's array where there is one."""
+    if is_out:
+        return out
+    if channel_order is not None:
+        y = geometry.as_asked(y, first, channel_order)
+    if out is None:
+        return y
+    out[...] = y
+    return out
+
+
+def _backward(
+    name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
+    backend, num_threads, with_bias=True,
+):
+    check_input(name, dy, "dy", like=x)
+    num_threads = config.check_threads(name, num_threads)
+    engine = config.choose(name, backend, x.dtype)
+    mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
+    if out is not None:
+        check_out(name, out, x, (("dy", dy), ("x", x)), (("weight", weight),))
+    if getattr(stats, "given", False):
+        flags |= GIVEN_STATISTICS
+    view, first = geometry.as_it_lies(x, channel_order)
+    grad = dy if channel_order is None else geometry.as_asked(dy, channel_order, first)
+    grad = np.ascontiguousarray(grad)
+    sizes = shape_of(view.shape, first)
+    dx, is_out = _place(view, first, out, channel_order)
+    (weight,) = _in_one_type(weight)
+    dweight = np.empty(param_shape, x.dtype if weight is None else weight.dtype)
+    dbias = np.empty_like(dweight) if with_bias else None
+    engine.backward(
+        sizes, grad, view, weight, mean, rstd, dx, dweight, dbias, flags, num_threads
+    )
+    return Gradients(_hand_out(dx, first, out, is_out, channel_order), dweight, dbias)
+
+
+def _statistic(name, stats, what, shape):
+    array = getattr(stats, what, None)
+    if array is None:
+        raise TypeError(
+            f"{name}: stats is a {type(stats).__name__}, expected the Statistics that the forward"
+            " returns with return_stats=True"
+        )
+    array = np.ascontiguousarray(array, np.float64)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name}: stats.{what} has shape {array.shape}, expected {shape};"
+            " do they come from another input or another normalization?"
+        )
+    return array
+
+
+# ---- batch norm ----------------------------------------------------------------------------
+
+
+def batch_norm(
+    x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1,
+    eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None, num_threads=None,
+    convention="torch",
+):
+    """Normalize each channel over the batch and the spatial axes.
+
+    Formula:
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    mean and var (the population variance) are those of the channel's N*S values in training,
+    else running_mean and running_var. In training the running statistics, each optional, are
+    updated in place:
+
+        "torch":  running = (1 - momentum)*running + momentum*batch, with the unbiased variance
+        "keras":  running = momentum*running + (1 - momentum)*batch, with the population
+                  variance, as Keras, ONNX and d2l have it
+
+    Args:
+        x: (N, C, *spatial), float32 or float64.
+        running_mean, running_var: (C,), required outside training.
+        weight, bias: (C,), or None for 1 and 0.
+        training: whether to use and record the statistics of x.
+        momentum: see above.
+        eps: added to the variance; in training above 0.
+        convention: "torch" or "keras".
+
+    Returns:
+        y like x, or (y, Statistics of shape (C,)). An empty batch gives an empty result and
+        leaves the running statistics alone.
+
+    Raises:
+        ValueError: also for one value per channel in training, and for running statistics
+            that are missing outside training.
+
+    Source:
+        Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
+    """
+    name = "batch_norm"
+    check_input(name, x, least=2)
+    first = channels_first(name, layout)
+    channels = _check_channels(
+        name, x, layout, first, running_mean=running_mean, running_var=running_var, weight=weight,
+        bias=bias,
+    )
+    momentum = _check_number(name, "momentum", momentum)
+    flags = 0
+    if convention not in CONVENTIONS:
+        raise ValueError(f"{name}: convention is {convention!r}, expected 'torch' or 'keras'")
+    if convention == "keras":
+        momentum = 1.0 - momentum
+        flags = BIASED_RUNNING_VAR
+    if training:
+        _check_training(name, x, channels, eps, weight, bias, running_mean, running_var)
+    else:
+        flags = GIVEN_STATISTICS
+        if running_mean is None or running_var is None:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(
+                f"{name}: {missing} is None, expected an array of shape ({channels},) outside"
+                " training; did you mean training=True?"
+            )
+    return _forward(
+        name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats, flags,
+        backend, num_threads, (running_mean, running_var), momentum,
+    )
+
+
+def _check_training(name, x, sets, eps, weight, bias, running_mean, running_var):
+    if _check_number(name, "eps", eps) <= 0:
+        raise ValueError(f"{name}: eps is {eps!r}, expected more than 0 in training")
+    if x.size and x.size == sets:
+        raise ValueError(
+            f"{name}: x has shape {x.shape}, one value for each channel, expected more than one in"
+            " training; did you mean training=False?"
+        )
+    others = (("x", x), ("weight", weight), ("bias", bias))
+    if running_mean is not None:
+        _check_writable(
+            name, "running_mean", running_mean, *others, ("running_var", running_var)
+        )
+    if running_var is not None:
+        _check_writable(name, "running_var", running_var, *others)
+
+
+def batch_norm_backward(
+    dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None
+):
+    """Gradients of batch_norm.
+
+    Formula, with xhat = (x - mean)*rstd, gy = dy*weight and means over a channel's values:
+        dx = rstd * (gy - mean(gy) - xhat*mean(gy*xhat))
+        dweight = sum(dy*xhat), dbias = sum(dy)
+
+    Where stats are running statistics, they are constants and dx = rstd*gy.
+
+    Args:
+        dy, x: (N, C, *spatial), of one dtype; x is the forward's input.
+        stats: Statistics of shape (C,) from batch_norm(..., return_stats=True).
+        weight: as in the forward.
+        out: receives dx; may be dy or x.
+
+    Returns:
+        Gradients(dx, dweight, dbias), the last two of shape (C,), whether or not there is a
+        weight or a bias.
+    """
+    name = "batch_norm_backward"
+    check_input(name, x, least=2)
+    first = channels_first(name, layout)
+    channels = _check_channels(name, x, layout, first, weight=weight)
+    return _backward(
+        name, dy, x, stats, weight, out, first, geometry.batch, (channels,), (channels,), 0,
+        backend, num_threads,
+    )
+
+
+# ---- group and instance norm ----------------------------------------------------------------
+
+
+def _groups(name, x, num_groups, first):
+    channels = x.shape[geometry.channel_axis(first)]
+    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
+        raise TypeError(f"{name}: num_groups is {num_groups!r}, expected an int")
+    groups = int(num_groups)
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"{name}: num_groups is {groups}, expected a divisor of the {channels} channels of x"
+            f" {x.shape}"
+        )
+    return groups, lambda shape, lies_first: geometry.group(shape, lies_first, groups)
+
+
+def group_norm(
+    x, num_groups, weight=None, bias=None, eps=1e-5, *, layout="NCHW", out=None,
+    return_stats=False, backend=None, num_threads=None,
+):
+    """Normalize each sample's groups of neighbouring channels over channels and space.
+
+    Formula:
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Args:
+        x: (N, C, *spatial), float32 or float64.
+        num_groups: G, a divisor of C.
+        weight, bias: (C,), or None for 1 and 0.
+
+    Returns:
+        y like x, or (y, Statistics of shape (N, G)).
+
+    Source:
+        Wu and He, "Group Normalization", 2018.
+    """
+    name = "group_norm"
+    check_input(name, x, least=2)
+    first = channels_first(name, layout)
+    _check_channels(name, x, layout, first, weight=weight, bias=bias)
+    groups, shape_of = _groups(name, x, num_groups, first)
+    return _forward(
+        name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], groups), return_stats, 0,
+        backend, num_threads,
+    )
+
+
+def group_norm_backward(
+    dy, x, stats, num_groups, weight=None, *, layout="NCHW", out=None, backend=None,
+    num_threads=None,
+):
+    """Gradients of group_norm; the formula of batch_norm_backward with means over a group.
+
+    Args:
+        dy, x: (N, C, *spatial), of one dtype.
+        stats: Statistics of shape (N, G) from the forward.
+
+    Returns:
+        Gradients(dx, dweight, dbias), the last two of shape (C,).
+    """
+    name = "group_norm_backward"
+    check_input(name, x, least=2)
+    first = channels_first(name, layout)
+    channels = _check_channels(name, x, layout, first, weight=weight)
+    groups, shape_of = _groups(name, x, num_groups, first)
+    return _backward(
+        name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], groups), (channels,), 0,
+        backend, num_threads,
+    )
+
+
+def instance_norm(
+    x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
+    momentum=0.1, eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None,
+    num_threads=None,
+):
+    """Normalize each channel of each sample over its spatial axes.
+
+    Formula:
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    With use_input_stats the running statistics, each optional, move by the mean over the batch
+    of the samples' means and unbiased variances. Without, they normalize, as in batch_norm.
+
+    Args:
+        x: (N, C, *spatial), float32 or float64.
+        running_mean, running_var, weight, bias: (C,) or None.
+
+    Returns:
+        y like x, or (y, Statistics of shape (N, C)); (C,) without use_input_stats.
+
+    Raises:
+        ValueError: also for one value per channel and sample with use_input_stats.
+
+    Source:
+        Ulyanov et al., "Instance Normalization", 2016.
+    """
+    name = "instance_norm"
+    check_input(name, x, least=2)
+    first = channels_first(name, layout)
+    channels = _check_channels(
+        name, x, layout, first, running_mean=running_mean, running_var=running_var, weight=weight,
+        bias=bias,
+    )
+    momentum = _check_number(name, "momentum", momentum)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                f"{name}: running_mean or running_var is None, expected arrays of shape"
+                f" ({channels},) with use_input_stats=False"
+            )
+        return _forward(
+            name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats,
+            GIVEN_STATISTICS, backend, num_threads, (running_mean, running_var),
+        )
+    _check_training(name, x, x.shape[0] * channels, eps, weight, bias, running_mean, running_var)
+    _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
+    return _forward(
+        name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], channels), return_stats, 0,
+        backend, num_threads, (running_mean, running_var), momentum,
+    )
+
+
+def instance_norm_backward(
+    dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None
+):
+    """Gradients of instance_norm; the formula of batch_norm_backward with means over space.
+
+    Args:
+        dy, x: (N, C, *spatial), of one dtype.
+        stats: Statistics from the forward: of shape (N, C), or (C,) where they were running
+            ones.
+
+    Returns:
+        Gradients(dx, dweight, dbias), the last two of shape (C,).
+    """
+    name = "instance_norm_backward"
+    if getattr(stats, "given", False):
+        return batch_norm_backward(
+            dy, x, stats, weight, layout=layout, out=out, backend=backend, num_threads=num_threads
+        )
+    check_input(name, x, least=2)
+    first = channels_first(name, layout)
+    channels = _check_channels(name, x, layout, first, weight=weight)
+    _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
+    return _backward(
+        name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], channels), (channels,), 0,
+        backend, num_threads,
+    )
+
+
+# ---- layer and RMS norm ----------------------------------------------------------------------
+
+
+def _normalized_shape(name, x, normalized_shape):
+    try:
+        if hasattr(normalized_shape, "__index__"):
+            shape = (int(normalized_shape),)
+        else:
+            shape = tuple(int(size.__index__()) for size in normalized_shape)
+    except (TypeError, AttributeError):
+        raise TypeError(
+            f"{name}: normalized_shape is {normalized_shape!r}, expected an int or a sequence of ints"
+        ) from None
+    if not shape or x.shape[-len(shape):] != shape:
+        raise ValueError(
+            f"{name}: normalized_shape is {shape}, expected the trailing axes of x {x.shape}"
+        )
+    ndim = len(shape)
+    return shape, x.shape[:-ndim], lambda view_shape, _: geometry.rows(view_shape, ndim)
+
+
+def _check_trailing(name, x, shape, **parameters):
+    for what, array in parameters.items():
+        _check_parameter(name, what, array, shape, f"normalized_shape, trailing axes of x {x.shape}")
+
+
+def layer_norm(
+    x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
+    backend=None, num_threads=None,
+):
+    """Normalize over the trailing axes.
+
+    Formula:
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Args:
+        x: (*leading, *normalized_shape), float32 or float64.
+        normalized_shape: an int or a sequence of ints.
+        weight, bias: of shape normalized_shape, or None for 1 and 0.
+
+    Returns:
+        y like x, or (y, Statistics of the leading shape).
+
+    Source:
+        Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+    name = "layer_norm"
+    check_input(name, x)
+    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    _check_trailing(name, x, shape, weight=weight, bias=bias)
+    return _forward(
+        name, x, out, None, shape_of, weight, bias, eps, leading, return_stats, 0, backend,
+        num_threads,
+    )
+
+
+def layer_norm_backward(
+    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None
+):
+    """Gradients of layer_norm; the formula of batch_norm_backward with means over a row.
+
+    Args:
+        dy, x: (*leading, *normalized_shape), of one dtype.
+        stats: Statistics of the leading shape from the forward.
+
+    Returns:
+        Gradients(dx, dweight, dbias), the last two of shape normalized_shape.
+    """
+    name = "layer_norm_backward"
+    check_input(name, x)
+    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    _check_trailing(name, x, shape, weight=weight)
+    return _backward(
+        name, dy, x, stats, weight, out, None, shape_of, leading, shape, 0, backend, num_threads
+    )
+
+
+def rms_norm(
+    x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
+    num_threads=None,
+):
+    """Divide by the root of the mean square over the trailing axes.
+
+    Formula:
+        y = x / sqrt(mean(x*x) + eps) * weight
+
+    Args:
+        x: (*leading, *normalized_shape), float32 or float64.
+        normalized_shape: an int or a sequence of ints.
+        weight: of shape normalized_shape, or None for 1.
+        eps: None is the machine epsilon of x's dtype.
+
+    Returns:
+        y like x, or (y, Statistics of the leading shape): mean 0, var the mean square.
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    name = "rms_norm"
+    check_input(name, x)
+    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    _check_trailing(name, x, shape, weight=weight)
+    if eps is None:
+        eps = TABLE[x.dtype].eps
+    return _forward(
+        name, x, out, None, shape_of, weight, None, eps, leading, return_stats, NO_MEAN, backend,
+        num_threads,
+    )
+
+
+def rms_norm_backward(
+    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None
+):
+    """Gradients of rms_norm.
+
+    Formula, with xhat = x*rstd and gy = dy*weight:
+        dx = rstd * (gy - xhat*mean(gy*xhat)), dweight = sum over rows of dy*xhat
+
+    Args:
+        dy, x: (*leading, *normalized_shape), of one dtype.
+        stats: Statistics of the leading shape from the forward.
+
+    Returns:
+        Gradients(dx, dweight, None), dweight of shape normalized_shape.
+    """
+    name = "rms_norm_backward"
+    check_input(name, x)
+    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    _check_trailing(name, x, shape, weight=weight)
+    return _backward(
+        name, dy, x, stats, weight, out, None, shape_of, leading, shape, NO_MEAN, backend,
+        num_threads, with_bias=False,
+    )

@@ -1,0 +1,91 @@
+"""The one view of the input that every normalization is computed on.
+
+    x[b, o, g, k, i]     statistics over (o, k, i), one per (b, g)
+                         weight and bias per (g, k)
+
+This is the only Python file that knows NCHW and NHWC (its C twin is kernels/simple.c):
+
+                      b       o      g    k      i
+    batch, NCHW       1       N      C    1      S
+    batch, NHWC       1       N*S    C    1      1
+    group, NCHW       N       1      G    C/G    S
+    group, NHWC       N       S      G    C/G    1       instance norm: G = C
+    rows              rows    1      1    D      1       layer and RMS norm
+
+S is the product of the spatial axes.
+"""
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+CHANNELS_FIRST = {"NCHW": True, "channels_first": True, "NHWC": False, "channels_last": False}
+
+
+class Geometry(NamedTuple):
+    """Sizes of the five axes; see the table above."""
+
+    b: int
+    o: int
+    g: int
+    k: int
+    i: int
+
+    @property
+    def values(self):
+        """Values in one set, the M of mean = sum/M."""
+        return self.o * self.k * self.i
+
+
+def channel_axis(channels_first):
+    return 1 if channels_first else -1
+
+
+def lying(x, channels_first):
+    """x as the C-contiguous array that its memory is, and whether *its* channels come first;
+    None where its memory is neither channels first nor last."""
+    if x.flags.c_contiguous:
+        return x, channels_first
+    if channels_first is not None:
+        moved = as_asked(x, channels_first, not channels_first)
+        if moved.flags.c_contiguous:
+            return moved, not channels_first
+    return None, channels_first
+
+
+def as_it_lies(x, channels_first):
+    """lying(x), or a copy of x that is C-contiguous."""
+    view, first = lying(x, channels_first)
+    return (np.ascontiguousarray(x) if view is None else view), first
+
+
+def as_asked(y, has_first, channels_first):
+    """A view of y with its channel axis where channels_first wants it."""
+    if has_first == channels_first:
+        return y
+    return np.moveaxis(y, -1, 1) if channels_first else np.moveaxis(y, 1, -1)
+
+
+@lru_cache(maxsize=1024)
+def batch(shape, channels_first):
+    """One set for each channel."""
+    if channels_first:
+        return Geometry(1, shape[0], shape[1], 1, prod(shape[2:]))
+    return Geometry(1, prod(shape[:-1]), shape[-1], 1, 1)
+
+
+@lru_cache(maxsize=1024)
+def group(shape, channels_first, groups):
+    """One set for each sample and group of channels."""
+    if channels_first:
+        return Geometry(shape[0], 1, groups, shape[1] // groups, prod(shape[2:]))
+    return Geometry(shape[0], prod(shape[1:-1]), groups, shape[-1] // groups, 1)
+
+
+@lru_cache(maxsize=1024)
+def rows(shape, normalized_ndim):
+    """One set for each index of the leading axes."""
+    split = len(shape) - normalized_ndim
+    return Geometry(prod(shape[:split]), 1, 1, prod(shape[split:]), 1)

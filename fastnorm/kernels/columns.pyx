@@ -1,0 +1,465 @@
+"""The columns loop order: i == 1 and o > 1, so that neighbouring values belong to neighbouring
+channels, and sums run down the columns of an (o, g*k) matrix, one for each b.
+
+Few columns would leave vectors empty. The matrix (o, c) is therefore read as (o/r, r*c), with
+r*c a multiple of the vector; the r copies of a column are merged when its sums are finished.
+What o/r leaves over is one more, shorter row.
+
+A slice of b is done in three steps: sums of each tile of rows, statistics and coefficients of
+each column, and the map, last tile first, so that the end of the sums' read is still in cache.
+Slices that fit the second-level cache take all steps in one unit of work.
+Tiles depend on the geometry alone and are merged in their order: the bits never depend on
+threads.
+"""
+
+from fastnorm.kernels.words cimport *
+
+cdef enum:
+    CHUNK = 64  # columns summed in registers
+    NARROW = 16
+    MAX_TILES = 32
+    TILE = 32768  # values in a tile, at least
+    RUN = 128  # values that a lane sums in the working type before it meets a double
+    SAMPLES = 8
+
+
+cdef struct plan:
+    const fn_task* task
+    int64_t channels
+    int64_t copies  # r
+    int64_t width  # r*channels
+    int64_t rows  # of width values
+    int64_t rest  # values left over
+    int64_t tile_rows
+    int64_t tiles
+    int64_t b0  # the slices [b0, b0 + batch) are under way
+    int64_t batch
+    int64_t slot  # bytes of scratch for a slice
+
+
+cdef void cut(plan* p, const fn_task* t) noexcept nogil:
+    p.task = t
+    p.channels = t.g * t.k
+    p.copies = 1
+    if p.channels < 256:
+        while p.copies * p.channels % NARROW != 0 or p.copies * p.channels < CHUNK:
+            p.copies += 1
+        p.copies = minimum(p.copies, t.o)
+    p.width = p.copies * p.channels
+    p.rows = t.o // p.copies
+    p.rest = t.o % p.copies * p.channels
+    p.tile_rows = maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width))
+    p.tiles = ceil_div(p.rows, p.tile_rows)
+    # Per slice: two sums for each tile and column, then about or hi, scale, shift and dscale.
+    p.slot = (2 * p.tiles * p.width * <int64_t> sizeof(double)
+              + 4 * p.width * <int64_t> sizeof(work) + 63) // 64 * 64
+    p.batch = minimum(t.b, maximum(1, (1 << 20) // p.slot))
+
+
+cdef public size_t columns_scratch(const fn_task* t) noexcept nogil:
+    """Bytes of scratch for a forward or a backward."""
+    cdef plan p
+    cut(&p, t)
+    return p.batch * p.slot
+
+
+cdef inline double* sums_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+    """[2][width] of a tile. Those of tile 0 hold the merged sums afterwards."""
+    return <double*> (<char*> p.task.scratch + (b - p.b0) * p.slot) + 2 * tile * p.width
+
+
+cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
+    """[4][width]: about or hi, scale, shift, dscale."""
+    return <work*> sums_of(p, b, p.tiles)
+
+
+cdef inline int64_t count_of(const plan* p, int64_t column) noexcept nogil:
+    return p.rows + (1 if column < p.rest else 0)
+
+
+# ---- sums --------------------------------------------------------------------------------
+
+
+cdef inline void sum_columns(
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about,
+    double* s, double* q, int width
+) noexcept nogil:
+    """s, q = sums down `width` columns (a constant, CHUNK at most), as in sum_runs."""
+    cdef work a[CHUNK]
+    cdef work c[CHUNK]
+    cdef work k[CHUNK]
+    cdef work d, e
+    cdef int64_t row = 0, stop
+    cdef int j
+    for j in range(width):
+        s[j] = q[j] = 0
+        k[j] = about[j]
+    while row < rows:
+        stop = minimum(rows, row + RUN)
+        for j in range(width):
+            a[j] = c[j] = 0
+        while row < stop:
+            if dy == NULL:
+                for j in range(width):
+                    d = widen(x[j]) - k[j]
+                    a[j] = a[j] + d
+                    c[j] = c[j] + d * d
+            else:
+                for j in range(width):
+                    d = widen(x[j]) - k[j]
+                    e = widen(dy[j])
+                    a[j] = a[j] + e
+                    c[j] = c[j] + e * d
+                dy += stride
+            x += stride
+            row += 1
+        for j in range(width):
+            s[j] = s[j] + <double> a[j]
+            q[j] = q[j] + <double> c[j]
+
+
+cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t row = tile * p.tile_rows, rows = minimum(p.rows, row + p.tile_rows) - row
+    cdef int64_t at = b * t.o * p.channels + row * p.width, c = 0
+    cdef const stored* x = <const stored*> t.x + at
+    cdef const stored* dy = past(<const stored*> t.dy, at)
+    cdef const work* about = coefficients_of(p, b)
+    cdef double* s = sums_of(p, b, tile)
+    cdef double* q = s + p.width
+    cdef double rest_s, rest_q
+    while c + CHUNK <= p.width:
+        sum_columns(x + c, past(dy, c), rows, p.width, about + c, s + c, q + c,
+                    CHUNK)
+        c += CHUNK
+    while c + NARROW <= p.width:
+        sum_columns(x + c, past(dy, c), rows, p.width, about + c, s + c, q + c,
+                    NARROW)
+        c += NARROW
+    while c < p.width:
+        sum_columns(x + c, past(dy, c), rows, p.width, about + c, s + c, q + c, 1)
+        c += 1
+    if tile == p.tiles - 1:
+        for c in range(p.rest):
+            sum_columns(x + rows * p.width + c, past(dy, rows * p.width + c), 1, 0,
+                        about + c, &rest_s, &rest_q, 1)
+            s[c] += rest_s
+            q[c] += rest_q
+
+
+cdef void merge_tiles(const plan* p, int64_t b) noexcept nogil:
+    """Into the sums of tile 0."""
+    cdef double* into = sums_of(p, b, 0)
+    cdef const double* part
+    cdef int64_t tile, c
+    for tile in range(1, p.tiles):
+        part = sums_of(p, b, tile)
+        for c in range(2 * p.width):
+            into[c] = into[c] + part[c]
+
+
+# ---- the map -----------------------------------------------------------------------------
+
+
+cdef inline void map_columns(
+    const stored* x, const stored* dy, stored* y, int64_t c, int64_t n, const work* hi,
+    const work* scale, const work* shift, const work* dscale, bint stream
+) noexcept nogil:
+    """One chunk of map_run with coefficients for each place."""
+    cdef work t[LANES]
+    cdef work u[LANES]
+    cdef int j
+    load(x + c, n, 0, t)
+    if dy != NULL:
+        load(dy + c, n, 0, u)
+        for j in range(LANES):
+            if j < n:
+                t[j] = (t[j] - hi[c + j]) * scale[c + j] + shift[c + j] + u[j] * dscale[c + j]
+    else:
+        for j in range(LANES):
+            if j < n:
+                t[j] = (t[j] - hi[c + j]) * scale[c + j] + shift[c + j]
+    store(y + c, n, t, stream)
+
+
+cdef inline void map_row(
+    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint stream
+) noexcept nogil:
+    cdef int64_t c = 0
+    if stream:
+        c = minimum(n, until_aligned(y))
+        if c > 0:
+            map_columns(x, dy, y, 0, c, hi, scale, shift, dscale, False)
+        elif c < 0:
+            c = 0
+            stream = False
+    while c + LANES <= n:
+        map_columns(x, dy, y, c, LANES, hi, scale, shift, dscale, stream)
+        c += LANES
+    if c < n:
+        map_columns(x, dy, y, c, n - c, hi, scale, shift, dscale, False)
+
+
+cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
+    cdef int64_t at = b * t.o * p.channels + row * p.width, n = p.width
+    cdef const work* hi = coefficients_of(p, b)
+    cdef const work* scale = hi + p.width
+    cdef const work* shift = scale + p.width
+    cdef const work* dscale = shift + p.width
+    if tile == p.tiles - 1 and p.rest > 0:
+        stop += 1
+    while row < stop:
+        n = p.width if row < p.rows else p.rest
+        map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n, hi,
+                scale, shift, dscale, t.stream)
+        at += n
+        row += 1
+    if t.stream:
+        stream_end()
+
+
+# ---- forward -----------------------------------------------------------------------------
+
+
+cdef void sample_columns(const plan* p, int64_t b) noexcept nogil:
+    """about = a value near each column's mean, exactly the constant for a constant column."""
+    cdef const fn_task* t = p.task
+    cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
+    cdef work* about = coefficients_of(p, b)
+    cdef int64_t c, j, count = minimum(SAMPLES, p.rows)
+    cdef double total
+    for c in range(p.width):
+        total = 0
+        if t.has_mean:
+            for j in range(count):
+                total += <double> widen(x[j * p.rows // count * p.width + c]) - <double> widen(x[c])
+            total = <double> widen(x[c]) + total / <double> count
+        about[c] = <work> total if isfinite(total) and fabs(total) < 1e37 else <work> 0
+
+
+cdef void exact_column(const plan* p, int64_t b, int64_t column, double about, double* sums) noexcept nogil:
+    """Sums down one column in double."""
+    cdef const fn_task* t = p.task
+    cdef const stored* x = <const stored*> t.x + b * t.o * p.channels + column
+    cdef int64_t row
+    cdef double d
+    sums[0] = sums[1] = 0
+    for row in range(count_of(p, column)):
+        d = <double> widen(x[row * p.width]) - about
+        sums[0] += d
+        sums[1] += d * d
+
+
+cdef void column_moments(const plan* p, int64_t b) noexcept nogil:
+    """Turn the merged sums of each column into its mean and its sum of squares about it."""
+    cdef const fn_task* t = p.task
+    cdef const work* about = coefficients_of(p, b)
+    cdef double* s = sums_of(p, b, 0)
+    cdef double* q = s + p.width
+    cdef double again[2]
+    cdef double count, mean
+    cdef int64_t c
+    for c in range(p.width):
+        count = <double> count_of(p, c)
+        if not t.has_mean:
+            s[c] = 0
+        if cancels(s[c], q[c], count):
+            mean = 0
+            if t.has_mean:
+                exact_column(p, b, c, about[c], again)
+                mean = about[c] + again[0] / count
+            exact_column(p, b, c, mean, again)
+            if not t.has_mean:
+                again[0] = 0
+            s[c] = mean + again[0] / count
+            q[c] = again[1] - again[0] * again[0] / count
+        else:
+            mean = s[c] / count
+            s[c] = about[c] + mean if t.has_mean else 0
+            q[c] = q[c] - mean * mean * count
+
+
+cdef void finish_slice(const plan* p, int64_t b) noexcept nogil:
+    """Statistics of each group (Chan's merge of its columns), then coefficients of each column."""
+    cdef const fn_task* t = p.task
+    cdef double* means = sums_of(p, b, 0)
+    cdef double* squares = means + p.width
+    cdef work* hi = coefficients_of(p, b)
+    cdef double first, mean, m2, lo, rstd, scale, d
+    cdef int64_t g, c, r, at, channel
+    if not t.given:
+        merge_tiles(p, b)
+        column_moments(p, b)
+    for g in range(t.g):
+        if t.given:
+            mean = t.mean[g]
+            m2 = t.var[g] * <double> (t.o * t.k)
+        else:
+            first = means[g * t.k]
+            mean = m2 = 0
+            for r in range(p.copies):
+                for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
+                    mean += (means[c] - first) * <double> count_of(p, c)
+            mean = first + mean / <double> (t.o * t.k)
+            for r in range(p.copies):
+                for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
+                    d = means[c] - mean
+                    m2 += squares[c] + d * d * <double> count_of(p, c)
+        rstd = 1.0 / sqrt(m2 / <double> (t.o * t.k) + t.eps)
+        at = b * t.g + g
+        if not t.given:
+            if t.mean != NULL:
+                t.mean[at] = mean
+            if t.var != NULL:
+                t.var[at] = m2 / <double> (t.o * t.k)
+            if t.rstd != NULL:
+                t.rstd[at] = rstd
+        lo = mean - <double> (<work> mean)
+        for channel in range(g * t.k, (g + 1) * t.k):
+            scale = rstd * <double> (<const work*> t.weight)[channel]
+            for r in range(p.copies):
+                c = r * p.channels + channel
+                hi[c] = <work> mean
+                hi[p.width + c] = <work> scale
+                hi[2 * p.width + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
+
+
+cdef void start_slice(const plan* p, int64_t b) noexcept nogil:
+    if p.task.dy == NULL:
+        sample_columns(p, b)
+    else:
+        start_backward(p, b)
+
+
+cdef void slice_start(void* context, int64_t index) noexcept nogil:
+    start_slice(<const plan*> context, (<const plan*> context).b0 + index)
+
+
+cdef void slice_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    sum_tile(p, p.b0 + index // p.tiles, index % p.tiles)
+
+
+cdef void slice_finish(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    if p.task.dy == NULL:
+        finish_slice(p, p.b0 + index)
+    else:
+        finish_backward(p, p.b0 + index)
+
+
+cdef void slice_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    index = p.batch * p.tiles - 1 - index
+    map_tile(p, p.b0 + index // p.tiles, index % p.tiles)
+
+
+cdef void slice_whole(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t b = p.b0 + index, tile
+    start_slice(p, b)
+    for tile in range(p.tiles):
+        sum_tile(p, b, tile)
+    slice_finish(context, index)
+    for tile in range(p.tiles - 1, -1, -1):
+        map_tile(p, b, tile)
+
+
+cdef void run_batch(plan* p) noexcept nogil:
+    """All steps of the slices [b0, b0 + batch)."""
+    cdef const fn_task* t = p.task
+    cdef int64_t bytes = t.o * p.channels * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
+    if t.given and t.dy == NULL:
+        fn_parallel_for(t, p.batch, slice_finish, p)
+        fn_parallel_for(t, p.batch * p.tiles, slice_map, p)
+    elif p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
+        fn_parallel_for(t, p.batch, slice_whole, p)
+    else:
+        fn_parallel_for(t, p.batch, slice_start, p)
+        fn_parallel_for(t, p.batch * p.tiles, slice_sums, p)
+        fn_parallel_for(t, p.batch, slice_finish, p)
+        fn_parallel_for(t, p.batch * p.tiles, slice_map, p)
+
+
+cdef public void columns_forward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cut(&p, t)
+    p.b0 = 0
+    while p.b0 < t.b:
+        p.batch = minimum(p.batch, t.b - p.b0)
+        run_batch(&p)
+        p.b0 += p.batch
+
+
+# ---- backward ----------------------------------------------------------------------------
+
+
+cdef void start_backward(const plan* p, int64_t b) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef work* hi = coefficients_of(p, b)
+    cdef int64_t r, g, c
+    for r in range(p.copies):
+        for g in range(t.g):
+            for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
+                hi[c] = <work> t.mean[b * t.g + g] if t.has_mean else <work> 0
+
+
+cdef void finish_backward(const plan* p, int64_t b) noexcept nogil:
+    """Merged sums of each channel, the means over each group, and the coefficients of
+
+        dx = dy*rstd*weight + (x - hi)*scale + shift.
+
+    The sums of tile 0 become this slice's terms of dbias and dweight."""
+    cdef const fn_task* t = p.task
+    cdef const work* weight = <const work*> t.weight
+    cdef double* s = sums_of(p, b, 0)
+    cdef double* q = s + p.width
+    cdef work* hi = coefficients_of(p, b)
+    cdef double mean, lo, rstd, m1, m2, count = <double> (t.o * t.k)
+    cdef int64_t g, c, r, channel
+    merge_tiles(p, b)
+    for r in range(1, p.copies):
+        for c in range(p.channels):
+            s[c] += s[r * p.channels + c]
+            q[c] += q[r * p.channels + c]
+    for g in range(t.g):
+        mean = t.mean[b * t.g + g] if t.has_mean else 0
+        rstd = t.rstd[b * t.g + g]
+        lo = mean - <double> (<work> mean)
+        m1 = m2 = 0
+        for channel in range(g * t.k, (g + 1) * t.k):
+            q[channel] = rstd * (q[channel] - lo * s[channel])
+            m1 += <double> weight[channel] * s[channel]
+            m2 += <double> weight[channel] * q[channel]
+        m1 = m1 / count if t.has_mean else 0
+        m2 = m2 / count
+        if t.given:
+            m1 = m2 = 0
+        for channel in range(g * t.k, (g + 1) * t.k):
+            for r in range(p.copies):
+                c = r * p.channels + channel
+                hi[p.width + c] = <work> (-rstd * rstd * m2)
+                hi[2 * p.width + c] = <work> (rstd * (rstd * m2 * lo - m1))
+                hi[3 * p.width + c] = <work> (rstd * <double> weight[channel])
+
+
+cdef public void columns_backward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cdef int64_t b, c
+    cdef const double* s
+    cut(&p, t)
+    for c in range(p.channels):
+        t.dweight[c] = t.dbias[c] = 0
+    p.b0 = 0
+    while p.b0 < t.b:
+        p.batch = minimum(p.batch, t.b - p.b0)
+        run_batch(&p)
+        for b in range(p.b0, p.b0 + p.batch):
+            s = sums_of(&p, b, 0)
+            for c in range(p.channels):
+                t.dbias[c] += s[c]
+                t.dweight[c] += s[p.width + c]
+        p.b0 += p.batch

@@ -1,0 +1,83 @@
+/* Which kernels this processor runs, and how large its caches are: filled once at load. */
+#include "task.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+#define DECLARE(type, level)                                 \
+    void rows_forward_##type##_##level(const fn_task *);     \
+    void rows_backward_##type##_##level(const fn_task *);    \
+    void columns_forward_##type##_##level(const fn_task *);  \
+    void columns_backward_##type##_##level(const fn_task *); \
+    size_t rows_scratch_##type##_##level(const fn_task *);   \
+    size_t columns_scratch_##type##_##level(const fn_task *);
+
+#define TABLE(type, level)                                                    \
+    {rows_forward_##type##_##level,     rows_backward_##type##_##level,       \
+     columns_forward_##type##_##level,  columns_backward_##type##_##level,    \
+     rows_scratch_##type##_##level,     columns_scratch_##type##_##level}
+
+#if defined(FASTNORM_X86_LEVELS)
+DECLARE(32, v2) DECLARE(64, v2) DECLARE(32, v3) DECLARE(64, v3) DECLARE(32, v4) DECLARE(64, v4)
+static const fn_kernels kernels[][2] = {{TABLE(32, v2), TABLE(64, v2)},
+                                        {TABLE(32, v3), TABLE(64, v3)},
+                                        {TABLE(32, v4), TABLE(64, v4)}};
+static const char *const names[] = {"v2", "v3", "v4"};
+enum { FIRST_LEVEL = FASTNORM_ISA_V2 };
+#else
+DECLARE(32, baseline) DECLARE(64, baseline)
+static const fn_kernels kernels[][2] = {{TABLE(32, baseline), TABLE(64, baseline)}};
+static const char *const names[] = {"baseline"};
+enum { FIRST_LEVEL = FASTNORM_ISA_BEST };
+#endif
+
+static int highest = FIRST_LEVEL; /* that the processor has */
+static int best = FIRST_LEVEL;    /* the same, or the lower one that FASTNORM_ISA names */
+static int64_t l2_bytes = 512 << 10;
+static int64_t last_level_bytes = 8 << 20;
+
+static int64_t from_environment(const char *name, int64_t otherwise)
+{
+    const char *text = getenv(name);
+    long long value = text ? atoll(text) : 0;
+    return value > 0 ? value : otherwise;
+}
+
+__attribute__((constructor)) static void look_at_processor(void)
+{
+#if defined(FASTNORM_X86_LEVELS)
+    const char *wanted = getenv("FASTNORM_ISA");
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
+        highest = FASTNORM_ISA_V3;
+    if (highest == FASTNORM_ISA_V3 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        highest = FASTNORM_ISA_V4;
+    best = highest;
+    for (int level = FASTNORM_ISA_V2; wanted && level < highest; level++)
+        if (strcmp(wanted, names[level - FIRST_LEVEL]) == 0) best = level;
+#endif
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    if (sysconf(_SC_LEVEL2_CACHE_SIZE) > 0) l2_bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (sysconf(_SC_LEVEL3_CACHE_SIZE) > 0) last_level_bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    l2_bytes = from_environment("FASTNORM_L2_BYTES", l2_bytes);
+    last_level_bytes = from_environment("FASTNORM_LAST_LEVEL_BYTES", last_level_bytes);
+}
+
+const fn_kernels *fn_find_kernels(int32_t dtype, int32_t isa)
+{
+    int level = isa == FASTNORM_ISA_BEST ? best : isa;
+    if (level < FIRST_LEVEL || level > highest) return NULL;
+    return &kernels[level - FIRST_LEVEL][dtype == FASTNORM_FLOAT64];
+}
+
+const char *fastnorm_isa_name(void) { return names[best - FIRST_LEVEL]; }
+int64_t fn_l2_bytes(void) { return l2_bytes; }
+int64_t fn_last_level_bytes(void) { return last_level_bytes; }

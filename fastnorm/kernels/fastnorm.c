@@ -1,0 +1,444 @@
+/* The public calls: check everything, fill in every default, run the kernels.
+ *
+ * Nothing is written before the last check has passed. */
+#include "fastnorm.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "task.h"
+
+#define TRY(call)                                \
+    do {                                         \
+        fastnorm_status try_status = (call);     \
+        if (try_status != FASTNORM_OK) return try_status; \
+    } while (0)
+
+/* Below this traffic a parallel region costs more than it saves. */
+enum { SERIAL_BYTES = 192 << 10 };
+
+int32_t fastnorm_version(void)
+{
+    return FASTNORM_VERSION_MAJOR * 10000 + FASTNORM_VERSION_MINOR * 100 + FASTNORM_VERSION_PATCH;
+}
+
+const char *fastnorm_status_string(fastnorm_status status)
+{
+    switch ((int)status) {
+    case FASTNORM_OK: return "success";
+    case FASTNORM_NULL_POINTER: return "a required pointer is NULL";
+    case FASTNORM_BAD_STRUCT_SIZE: return "struct_size is not the size of the struct";
+    case FASTNORM_BAD_DTYPE: return "not a fastnorm_dtype";
+    case FASTNORM_BAD_LAYOUT: return "not a fastnorm_layout";
+    case FASTNORM_BAD_ISA: return "not a fastnorm_isa, or this processor lacks it";
+    case FASTNORM_BAD_FLAGS: return "unknown flags, or flags that exclude each other";
+    case FASTNORM_NEGATIVE_SIZE: return "a size is negative";
+    case FASTNORM_SIZE_OVERFLOW: return "the array would not fit the address space";
+    case FASTNORM_NOT_DIVISIBLE: return "channels are not a multiple of groups";
+    case FASTNORM_TOO_FEW_VALUES: return "the unbiased variance needs more than one value per channel";
+    case FASTNORM_BAD_EPS: return "eps or momentum is not a finite number";
+    case FASTNORM_OVERLAP: return "an output overlaps another buffer";
+    case FASTNORM_WORKSPACE_TOO_SMALL: return "the workspace is smaller than fastnorm_workspace_size";
+    case FASTNORM_OUT_OF_MEMORY: return "out of memory";
+    }
+    return "unknown status";
+}
+
+/* ---- checks ------------------------------------------------------------------------------ */
+
+static size_t dtype_size(int32_t dtype)
+{
+    return dtype == FASTNORM_FLOAT32 ? 4 : dtype == FASTNORM_FLOAT64 ? 8 : 0;
+}
+
+static fastnorm_status multiply(int64_t *product, int64_t factor)
+{
+    if (factor < 0) return FASTNORM_NEGATIVE_SIZE;
+    if (__builtin_mul_overflow(*product, factor, product)) return FASTNORM_SIZE_OVERFLOW;
+    return FASTNORM_OK;
+}
+
+/* Every product of sizes that is used anywhere fits, in bytes, also where another size is 0. */
+static fastnorm_status check_geometry(const fastnorm_geometry *s)
+{
+    const int64_t sizes[] = {s->b, s->o, s->g, s->k, s->i};
+    int64_t bytes = 64;
+    for (int at = 0; at < 5; at++)
+        if (sizes[at] < 0) return FASTNORM_NEGATIVE_SIZE;
+    for (int at = 0; at < 5; at++) TRY(multiply(&bytes, sizes[at] > 0 ? sizes[at] : 1));
+    return FASTNORM_OK;
+}
+
+static fastnorm_status load_options(const fastnorm_options *given, fastnorm_options *options)
+{
+    memset(options, 0, sizeof *options);
+    if (given) {
+        if (given->struct_size != sizeof *options) return FASTNORM_BAD_STRUCT_SIZE;
+        *options = *given;
+    }
+    if (options->num_threads < 0) return FASTNORM_NEGATIVE_SIZE;
+    if (!fn_find_kernels(FASTNORM_FLOAT32, options->isa)) return FASTNORM_BAD_ISA;
+    return FASTNORM_OK;
+}
+
+typedef struct span {
+    const void *start;
+    size_t bytes;
+} span;
+
+static int overlap(span a, span b)
+{
+    uintptr_t from_a = (uintptr_t)a.start, from_b = (uintptr_t)b.start;
+    return a.start && b.start && a.bytes && b.bytes && from_a < from_b + b.bytes &&
+           from_b < from_a + a.bytes;
+}
+
+/* No span among the first `outputs` overlaps another one. The first may be the same as any of
+ * the `twins` spans that follow the outputs. */
+static fastnorm_status check_overlap(const span *spans, int outputs, int twins, int count)
+{
+    for (int a = 0; a < outputs; a++)
+        for (int b = a + 1; b < count; b++) {
+            int twin = a == 0 && b >= outputs && b < outputs + twins;
+            if (twin && spans[a].start == spans[b].start) continue;
+            if (overlap(spans[a], spans[b])) return FASTNORM_OVERLAP;
+        }
+    return FASTNORM_OK;
+}
+
+/* ---- workspace --------------------------------------------------------------------------- */
+
+/* Pieces of a workspace, each aligned to 64 bytes. With start NULL it only counts. */
+typedef struct arena {
+    char *start;
+    size_t used;
+} arena;
+
+static void *take(arena *from, size_t bytes)
+{
+    char *piece = from->start ? from->start + from->used : NULL;
+    from->used += (bytes + 63) & ~(size_t)63;
+    return piece;
+}
+
+typedef struct pieces {
+    double *mean, *var;       /* [g] */
+    double *dweight, *dbias;  /* [g][k] */
+    void *weight, *bias;      /* [g][k] */
+    void *scratch;
+} pieces;
+
+static int in_columns(const fn_task *task) { return task->i == 1 && task->o > 1; }
+
+static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_kernels *kernels,
+                    pieces *out)
+{
+    size_t groups = (size_t)task->g, channels = groups * (size_t)task->k;
+    out->mean = take(from, groups * sizeof(double));
+    out->var = take(from, groups * sizeof(double));
+    out->dweight = take(from, channels * sizeof(double));
+    out->dbias = take(from, channels * sizeof(double));
+    out->weight = take(from, channels * dtype_size(dtype));
+    out->bias = take(from, channels * dtype_size(dtype));
+    out->scratch =
+        take(from, in_columns(task) ? kernels->columns_scratch(task) : kernels->rows_scratch(task));
+}
+
+static void set_geometry(fn_task *task, const fastnorm_geometry *s)
+{
+    memset(task, 0, sizeof *task);
+    task->b = s->b;
+    task->o = s->o;
+    task->g = s->g;
+    task->k = s->k;
+    task->i = s->i;
+    task->l2 = fn_l2_bytes();
+}
+
+static int is_empty(const fastnorm_geometry *s)
+{
+    return s->b == 0 || s->o == 0 || s->g == 0 || s->k == 0 || s->i == 0;
+}
+
+enum { SLACK = 64 };
+
+fastnorm_status fastnorm_workspace_size(const fastnorm_geometry *geometry, fastnorm_dtype dtype,
+                                        size_t *bytes)
+{
+    fn_task task;
+    arena count = {NULL, 0};
+    pieces unused;
+    if (!geometry || !bytes) return FASTNORM_NULL_POINTER;
+    if (!dtype_size(dtype)) return FASTNORM_BAD_DTYPE;
+    TRY(check_geometry(geometry));
+    set_geometry(&task, geometry);
+    if (!is_empty(geometry))
+        lay_out(&count, &task, dtype, fn_find_kernels(dtype, FASTNORM_ISA_BEST), &unused);
+    *bytes = count.used + SLACK;
+    return FASTNORM_OK;
+}
+
+/* The one place that decides between serial and parallel, plain and streaming stores. */
+static void choose_threads_and_stores(fn_task *task, const fastnorm_options *options, size_t size)
+{
+    size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i) * size;
+    size_t traffic = bytes * (task->dy ? 3 : 2);
+    task->threads = options->num_threads ? options->num_threads : fn_available_threads();
+    if (traffic < SERIAL_BYTES) task->threads = 1;
+    task->stream = task->y != task->x && task->y != task->dy &&
+                   traffic > (size_t)fn_last_level_bytes();
+    task->parallel_for = options->parallel_for;
+    task->user = options->parallel_for_user;
+}
+
+/* ---- parameters -------------------------------------------------------------------------- */
+
+static double get(const void *array, int32_t dtype, int64_t at)
+{
+    if (dtype == FASTNORM_FLOAT32) {
+        float value;
+        memcpy(&value, (const char *)array + at * 4, sizeof value);
+        return value;
+    }
+    double value;
+    memcpy(&value, (const char *)array + at * 8, sizeof value);
+    return value;
+}
+
+static void put(void *array, int32_t dtype, int64_t at, double value)
+{
+    if (dtype == FASTNORM_FLOAT32) {
+        float narrowed = (float)value;
+        memcpy((char *)array + at * 4, &narrowed, sizeof narrowed);
+    } else {
+        memcpy((char *)array + at * 8, &value, sizeof value);
+    }
+}
+
+/* The parameters in the working type: as they are where they have it, else a converted copy. */
+static const void *parameters(const void *given, int32_t param_dtype, double otherwise,
+                              void *copy, int32_t dtype, int64_t n)
+{
+    if (given && param_dtype == dtype && (uintptr_t)given % dtype_size(dtype) == 0) return given;
+    for (int64_t at = 0; at < n; at++)
+        put(copy, dtype, at, given ? get(given, param_dtype, at) : otherwise);
+    return copy;
+}
+
+static void move_running(void *running, int32_t dtype, const double *batch, double factor,
+                         double momentum, const fastnorm_geometry *s)
+{
+    for (int64_t g = 0; running && g < s->g; g++) {
+        double mean = 0;
+        for (int64_t b = 0; b < s->b; b++) mean += batch[b * s->g + g];
+        mean = mean * factor / (double)s->b;
+        put(running, dtype, g, (1.0 - momentum) * get(running, dtype, g) + momentum * mean);
+    }
+}
+
+/* ---- forward ----------------------------------------------------------------------------- */
+
+static void zero(double *array, int64_t n)
+{
+    if (array && n) memset(array, 0, (size_t)n * sizeof *array);
+}
+
+static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_forward_args *a,
+                                     const fastnorm_options *options, int32_t params)
+{
+    const int given = a->flags & FASTNORM_GIVEN_STATISTICS;
+    const size_t size = dtype_size(a->dtype), sets = (size_t)(s->b * s->g);
+    const size_t bytes = sets * (size_t)(s->o * s->k * s->i) * size;
+    const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
+    const size_t running = (size_t)s->g * dtype_size(params);
+    if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
+    if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS | FASTNORM_BIASED_RUNNING_VAR))
+        return FASTNORM_BAD_FLAGS;
+    if (given && (s->b != 1 || a->flags & FASTNORM_NO_MEAN)) return FASTNORM_BAD_FLAGS;
+    if (!isfinite(a->eps) || !isfinite(a->momentum)) return FASTNORM_BAD_EPS;
+    if (bytes && (!a->x || !a->y)) return FASTNORM_NULL_POINTER;
+    if (given && s->g && (!a->running_mean || !a->running_var)) return FASTNORM_NULL_POINTER;
+    if (!given && s->b > 1 && bytes &&
+        ((a->running_mean && !a->mean) || (a->running_var && !a->var)))
+        return FASTNORM_NULL_POINTER;
+    if (!given && a->running_var && bytes && s->o * s->k * s->i == 1 &&
+        !(a->flags & FASTNORM_BIASED_RUNNING_VAR))
+        return FASTNORM_TOO_FEW_VALUES;
+    {
+        const span moved[] = {{a->y, bytes},
+                              {a->mean, sets * sizeof(double)},
+                              {a->var, sets * sizeof(double)},
+                              {a->rstd, sets * sizeof(double)},
+                              {options->workspace, options->workspace_size},
+                              {given ? NULL : a->running_mean, running},
+                              {given ? NULL : a->running_var, running},
+                              {a->x, bytes},
+                              {a->weight, channels},
+                              {a->bias, channels},
+                              {given ? a->running_mean : NULL, running},
+                              {given ? a->running_var : NULL, running}};
+        return check_overlap(moved, 7, 1, 12);
+    }
+}
+
+/* The caller's workspace, or a fresh one, which *allocated then names. */
+static fastnorm_status open_workspace(const fastnorm_geometry *s, int32_t dtype,
+                                      const fastnorm_options *options, arena *from,
+                                      void **allocated)
+{
+    size_t bytes;
+    void *start = options->workspace;
+    *allocated = NULL;
+    TRY(fastnorm_workspace_size(s, (fastnorm_dtype)dtype, &bytes));
+    if (start) {
+        if (options->workspace_size < bytes) return FASTNORM_WORKSPACE_TOO_SMALL;
+    } else {
+        start = *allocated = malloc(bytes);
+        if (!start) return FASTNORM_OUT_OF_MEMORY;
+    }
+    from->start = (char *)(((uintptr_t)start + 63) & ~(uintptr_t)63);
+    from->used = 0;
+    return FASTNORM_OK;
+}
+
+fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
+                                 const fastnorm_forward_args *args,
+                                 const fastnorm_options *given_options)
+{
+    fastnorm_options options;
+    fn_task task;
+    arena from;
+    pieces part;
+    void *allocated;
+    int32_t params;
+    if (!geometry || !args) return FASTNORM_NULL_POINTER;
+    if (args->struct_size != sizeof *args) return FASTNORM_BAD_STRUCT_SIZE;
+    params = args->param_dtype ? args->param_dtype : args->dtype;
+    TRY(load_options(given_options, &options));
+    TRY(check_geometry(geometry));
+    TRY(check_forward(geometry, args, &options, params));
+    if (is_empty(geometry)) {
+        zero(args->mean, geometry->b * geometry->g);
+        zero(args->var, geometry->b * geometry->g);
+        zero(args->rstd, geometry->b * geometry->g);
+        return FASTNORM_OK;
+    }
+    TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
+
+    const fn_kernels *kernels = fn_find_kernels(args->dtype, options.isa);
+    const int64_t channels = geometry->g * geometry->k;
+    set_geometry(&task, geometry);
+    lay_out(&from, &task, args->dtype, kernels, &part);
+    task.has_mean = !(args->flags & FASTNORM_NO_MEAN);
+    task.given = (args->flags & FASTNORM_GIVEN_STATISTICS) != 0;
+    task.x = args->x;
+    task.y = args->y;
+    task.weight = parameters(args->weight, params, 1, part.weight, args->dtype, channels);
+    task.bias = parameters(args->bias, params, 0, part.bias, args->dtype, channels);
+    task.eps = args->eps;
+    task.mean = args->mean;
+    task.var = args->var;
+    task.rstd = args->rstd;
+    task.scratch = part.scratch;
+    if (task.given || geometry->b == 1) {
+        if (task.given || !task.mean) task.mean = part.mean;
+        if (task.given || !task.var) task.var = part.var;
+    }
+    if (task.given) {
+        for (int64_t g = 0; g < geometry->g; g++) {
+            task.mean[g] = get(args->running_mean, params, g);
+            task.var[g] = get(args->running_var, params, g);
+            if (args->mean) args->mean[g] = task.mean[g];
+            if (args->var) args->var[g] = task.var[g];
+            if (args->rstd) args->rstd[g] = 1.0 / sqrt(task.var[g] + task.eps);
+        }
+    }
+    choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
+    (in_columns(&task) ? kernels->columns_forward : kernels->rows_forward)(&task);
+    if (!task.given) {
+        double count = (double)(geometry->o * geometry->k * geometry->i);
+        double unbiased = args->flags & FASTNORM_BIASED_RUNNING_VAR ? 1.0 : count / (count - 1.0);
+        move_running(args->running_mean, params, task.mean, 1.0, args->momentum, geometry);
+        move_running(args->running_var, params, task.var, unbiased, args->momentum, geometry);
+    }
+    free(allocated);
+    return FASTNORM_OK;
+}
+
+/* ---- backward ---------------------------------------------------------------------------- */
+
+static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm_backward_args *a,
+                                      const fastnorm_options *options, int32_t params)
+{
+    const size_t size = dtype_size(a->dtype), sets = (size_t)(s->b * s->g);
+    const size_t bytes = sets * (size_t)(s->o * s->k * s->i) * size;
+    const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
+    if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
+    if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS)) return FASTNORM_BAD_FLAGS;
+    if (bytes && (!a->dy || !a->x || !a->dx || !a->rstd)) return FASTNORM_NULL_POINTER;
+    if (bytes && !a->mean && !(a->flags & FASTNORM_NO_MEAN)) return FASTNORM_NULL_POINTER;
+    {
+        const span moved[] = {{a->dx, bytes},
+                              {a->dweight, channels},
+                              {a->dbias, channels},
+                              {options->workspace, options->workspace_size},
+                              {a->dy, bytes},
+                              {a->x, bytes},
+                              {a->weight, channels},
+                              {a->mean, sets * sizeof(double)},
+                              {a->rstd, sets * sizeof(double)}};
+        return check_overlap(moved, 4, 2, 9);
+    }
+}
+
+fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
+                                  const fastnorm_backward_args *args,
+                                  const fastnorm_options *given_options)
+{
+    fastnorm_options options;
+    fn_task task;
+    arena from;
+    pieces part;
+    void *allocated;
+    int32_t params;
+    if (!geometry || !args) return FASTNORM_NULL_POINTER;
+    if (args->struct_size != sizeof *args) return FASTNORM_BAD_STRUCT_SIZE;
+    params = args->param_dtype ? args->param_dtype : args->dtype;
+    TRY(load_options(given_options, &options));
+    TRY(check_geometry(geometry));
+    TRY(check_backward(geometry, args, &options, params));
+
+    const int64_t channels = geometry->g * geometry->k;
+    if (is_empty(geometry)) {
+        for (int64_t at = 0; at < channels; at++) {
+            if (args->dweight) put(args->dweight, params, at, 0);
+            if (args->dbias) put(args->dbias, params, at, 0);
+        }
+        return FASTNORM_OK;
+    }
+    TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
+
+    const fn_kernels *kernels = fn_find_kernels(args->dtype, options.isa);
+    set_geometry(&task, geometry);
+    lay_out(&from, &task, args->dtype, kernels, &part);
+    task.has_mean = !(args->flags & FASTNORM_NO_MEAN);
+    task.given = (args->flags & FASTNORM_GIVEN_STATISTICS) != 0;
+    task.x = args->x;
+    task.dy = args->dy;
+    task.y = args->dx;
+    task.weight = parameters(args->weight, params, 1, part.weight, args->dtype, channels);
+    task.mean = (double *)args->mean; /* a backward only reads them */
+    task.rstd = (double *)args->rstd;
+    task.dweight = part.dweight;
+    task.dbias = part.dbias;
+    task.scratch = part.scratch;
+    choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
+    (in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
+    for (int64_t at = 0; at < channels; at++) {
+        if (args->dweight) put(args->dweight, params, at, part.dweight[at]);
+        if (args->dbias) put(args->dbias, params, at, part.dbias[at]);
+    }
+    free(allocated);
+    return FASTNORM_OK;
+}

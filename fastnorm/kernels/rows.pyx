@@ -1,0 +1,528 @@
+"""The rows loop order: i > 1, or o == 1, so that a set is `o` contiguous runs of k*i values.
+
+Sets are numbered in memory order, set = b_index*g + g_index. A set, or a block of neighbouring
+ones, is finished while it is in the second-level cache, so that a forward reads x once and
+writes y once, a backward reads dy and x once and writes dx once. Sets too few and too large
+for that are split into tiles and read twice.
+
+Sums are taken tile by tile and added in the order of the tiles. Tiles depend on the geometry
+alone; which thread takes which never changes a bit.
+"""
+
+from fastnorm.kernels.words cimport *
+
+cdef enum:
+    TILE = 65536  # values in a tile of a set
+    FEW = 16  # sets, below which large ones are split
+    BLOCK = 64  # sets in a block, at most
+    ROWS = 8  # rows whose dweight is summed in registers before it meets memory
+
+
+cdef struct plan:
+    const fn_task* task
+    int64_t sets
+    int64_t n  # values in a contiguous run: k*i, of one channel in a backward: i
+    int64_t stride  # from one run of a set to the next
+    int64_t pieces  # of a run, where it is longer than a tile
+    int64_t piece  # values in one
+    int64_t tile_runs  # runs in a tile, where they are shorter
+    int64_t tiles  # in a set (in a backward: in a channel)
+    int64_t block  # neighbouring sets in a unit of work
+    int64_t group  # of them whose sums are taken before the first is mapped
+    int64_t blocks
+    int64_t channels  # of a set in a unit of work of a split backward
+    int64_t b_tiles  # parts of b that sum dweight each for themselves
+    double* partial
+
+
+cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
+    """Cut sets whose contiguous runs have n values into tiles and blocks."""
+    cdef int64_t bytes = t.o * t.k * t.i * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
+    p.task = t
+    p.sets = t.b * t.g
+    p.n = n
+    p.stride = t.g * t.k * t.i
+    p.pieces = ceil_div(n, TILE)
+    p.piece = ceil_div(ceil_div(n, p.pieces), LANES) * LANES
+    p.pieces = ceil_div(n, p.piece)
+    p.tile_runs = maximum(1, TILE // n) if p.pieces == 1 else 1
+    p.tiles = ceil_div(t.o, p.tile_runs) * p.pieces
+    if t.o == 1:
+        p.block = maximum(1, TILE // 4 // (t.k * t.i))
+        p.group = 1
+    else:
+        p.block = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 // 2 // bytes))
+        p.group = p.block
+    p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
+    p.b_tiles = minimum(t.b, minimum(32, maximum(4, (1 << 16) // (t.g * t.k))))
+    p.partial = <double*> t.scratch
+
+
+cdef inline void tile_bounds(const plan* p, int64_t tile, int64_t* r0, int64_t* r1, int64_t* p0,
+                             int64_t* p1) noexcept nogil:
+    r0[0] = tile // p.pieces * p.tile_runs
+    r1[0] = minimum(p.task.o, r0[0] + p.tile_runs)
+    p0[0] = tile % p.pieces * p.piece
+    p1[0] = minimum(p.n, p0[0] + p.piece)
+
+
+cdef inline int64_t set_start(const fn_task* t, int64_t set_) noexcept nogil:
+    return (set_ // t.g * t.o * t.g + set_ % t.g) * t.k * t.i
+
+
+cdef inline bint few_and_large(const plan* p) noexcept nogil:
+    return p.sets < FEW and p.task.o * p.task.k * p.task.i > TILE
+
+
+cdef public size_t rows_scratch(const fn_task* t) noexcept nogil:
+    """Bytes of scratch for a forward or a backward."""
+    cdef plan p
+    cdef int64_t forward, backward
+    cut(&p, t, t.k * t.i)
+    forward = maximum(t.g, 2 * p.sets * (p.tiles + 1) if few_and_large(&p) else 0)
+    cut(&p, t, t.i)
+    backward = 2 * p.b_tiles * t.g * t.k
+    if few_and_large(&p):
+        backward = maximum(backward, 2 * p.sets * (t.k * p.tiles + 1))
+    return maximum(forward, backward) * sizeof(double)
+
+
+# ---- forward -----------------------------------------------------------------------------
+
+
+cdef inline work sample(const plan* p, const stored* x) noexcept nogil:
+    return spread_sample(x, p.task.o, p.stride, p.n) if p.task.has_mean else <work> 0
+
+
+cdef inline void sum_tile(const plan* p, const stored* x, work about, int64_t tile,
+                          double* sums) noexcept nogil:
+    cdef int64_t r0, r1, p0, p1
+    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
+    sum_runs(x + r0 * p.stride + p0, NULL, NULL, r1 - r0, p.stride, p1 - p0, about, sums)
+
+
+cdef void exact_statistics(const plan* p, const stored* x, work about, double* mean,
+                           double* var) noexcept nogil:
+    """The mean, then the variance about it, in double: two more reads of the set."""
+    cdef const fn_task* t = p.task
+    cdef double count = <double> (t.o * p.n)
+    cdef double sums[2]
+    mean[0] = 0
+    if t.has_mean:
+        sums[0] = sums[1] = 0
+        sum_runs_exact(x, t.o, p.stride, p.n, about, sums)
+        mean[0] = about + sums[0] / count
+    sums[0] = sums[1] = 0
+    sum_runs_exact(x, t.o, p.stride, p.n, mean[0], sums)
+    if not t.has_mean:
+        sums[0] = 0
+    mean[0] += sums[0] / count
+    var[0] = (sums[1] - sums[0] * sums[0] / count) / count
+
+
+cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work about,
+                            const double* sums, double* mean, double* rstd) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef double count = <double> (t.o * p.n), s = sums[0] if t.has_mean else 0, var
+    if cancels(s, sums[1], count):
+        exact_statistics(p, x, about, mean, &var)
+    else:
+        mean[0] = about + s / count
+        var = (sums[1] - s * s / count) / count
+    rstd[0] = 1.0 / sqrt(var + t.eps)
+    if t.mean != NULL:
+        t.mean[set_] = mean[0]
+    if t.var != NULL:
+        t.var[set_] = var
+    if t.rstd != NULL:
+        t.rstd[set_] = rstd[0]
+
+
+cdef inline void scale_chunk(const stored* x, stored* y, const work* weight, const work* bias,
+                             int64_t n, work hi, work scale, work shift, bint stream) noexcept nogil:
+    cdef work t[LANES]
+    cdef int j
+    load(x, n, hi, t)
+    for j in range(LANES):
+        if j < n:
+            t[j] = ((t[j] - hi) * scale + shift) * weight[j] + bias[j]
+    store(y, n, t, stream)
+
+
+cdef inline void scale_elements(const stored* x, stored* y, const work* weight, const work* bias,
+                                int64_t n, work hi, work scale, work shift,
+                                bint stream) noexcept nogil:
+    """y = ((x - hi)*scale + shift)*weight + bias, a weight and a bias for each place."""
+    cdef int64_t p = 0
+    if stream:
+        p = minimum(n, until_aligned(y))
+        if p > 0:
+            scale_chunk(x, y, weight, bias, p, hi, scale, shift, False)
+        elif p < 0:
+            p = 0
+            stream = False
+    while p + LANES <= n:
+        scale_chunk(x + p, y + p, weight + p, bias + p, LANES, hi, scale, shift, stream)
+        p += LANES
+    if p < n:
+        scale_chunk(x + p, y + p, weight + p, bias + p, n - p, hi, scale, shift, False)
+
+
+cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
+                           double mean, double rstd) noexcept nogil:
+    """Normalize the places [p0, p1) of run r of a set."""
+    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop
+    cdef int64_t channel = set_ % t.g * t.k
+    cdef const work* weight = <const work*> t.weight + channel
+    cdef const work* bias = <const work*> t.bias + channel
+    cdef const stored* x = <const stored*> t.x + start
+    cdef stored* y = <stored*> t.y + start
+    cdef work hi = <work> mean
+    cdef double lo = mean - <double> hi, scale
+    if t.i == 1:
+        scale_elements(x + p0, y + p0, weight + p0, bias + p0, p1 - p0, hi, <work> rstd,
+                       <work> (-lo * rstd), t.stream)
+        return
+    while at < p1:
+        channel = at // t.i
+        stop = minimum(p1, (channel + 1) * t.i)
+        scale = rstd * <double> weight[channel]
+        map_run(x + at, NULL, y + at, stop - at, hi, <work> scale,
+                <work> (<double> bias[channel] - lo * scale), 0, t.stream)
+        at = stop
+
+
+cdef void forward_block(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef double mean[BLOCK]
+    cdef double rstd[BLOCK]
+    cdef double sums[2]
+    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), stop
+    cdef int64_t set_, tile, r
+    cdef const stored* x
+    cdef work about
+    while first < end:
+        stop = minimum(end, first + p.group)
+        for set_ in range(first, stop):
+            x = <const stored*> t.x + set_start(t, set_)
+            about = sample(p, x)
+            sums[0] = sums[1] = 0
+            for tile in range(p.tiles):
+                sum_tile(p, x, about, tile, sums)
+            finish_set(p, set_, x, about, sums, &mean[set_ - first], &rstd[set_ - first])
+        for r in range(t.o):
+            for set_ in range(first, stop):
+                map_piece(t, set_, r, 0, p.n, mean[set_ - first], rstd[set_ - first])
+        first = stop
+    if t.stream:
+        stream_end()
+
+
+cdef void forward_tile_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const stored* x = <const stored*> p.task.x + set_start(p.task, index // p.tiles)
+    p.partial[2 * index] = p.partial[2 * index + 1] = 0
+    sum_tile(p, x, sample(p, x), index % p.tiles, p.partial + 2 * index)
+
+
+cdef void forward_tile_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t r0, r1, p0, p1, r, set_
+    # Last tile first: the end of what the sums read is what is still in cache.
+    index = p.sets * p.tiles - 1 - index
+    set_ = index // p.tiles
+    tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
+    for r in range(r0, r1):
+        map_piece(p.task, set_, r, p0, p1, p.partial[2 * (p.sets * p.tiles + set_)],
+                  p.partial[2 * (p.sets * p.tiles + set_) + 1])
+    if p.task.stream:
+        stream_end()
+
+
+cdef void given_tile(void* context, int64_t index) noexcept nogil:
+    """A tile of the whole array in memory order; p.partial is rstd."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef int64_t p0 = index % p.pieces * p.piece, first = index // p.pieces * p.tile_runs, run
+    for run in range(first, minimum(t.o * t.g, first + p.tile_runs)):
+        map_piece(t, run % t.g, run // t.g, p0, minimum(p.n, p0 + p.piece), t.mean[run % t.g],
+                  p.partial[run % t.g])
+    if t.stream:
+        stream_end()
+
+
+cdef public void rows_forward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cdef int64_t set_, tile
+    cdef double sums[2]
+    cdef double* found
+    cdef const stored* x
+    cut(&p, t, t.k * t.i)
+    if t.given:
+        for set_ in range(t.g):
+            p.partial[set_] = 1.0 / sqrt(t.var[set_] + t.eps)
+        fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p)
+    elif few_and_large(&p):
+        fn_parallel_for(t, p.sets * p.tiles, forward_tile_sums, &p)
+        for set_ in range(p.sets):
+            sums[0] = sums[1] = 0
+            for tile in range(set_ * p.tiles, (set_ + 1) * p.tiles):
+                sums[0] += p.partial[2 * tile]
+                sums[1] += p.partial[2 * tile + 1]
+            x = <const stored*> t.x + set_start(t, set_)
+            found = p.partial + 2 * (p.sets * p.tiles + set_)
+            finish_set(&p, set_, x, sample(&p, x), sums, found, found + 1)
+        fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p)
+    else:
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p)
+
+
+# ---- backward ----------------------------------------------------------------------------
+
+
+cdef struct terms:
+    # dx = dy*rstd*weight + (x - hi)*scale + shift;  xhat = (x - hi)*rstd - lo*rstd
+    work hi
+    work scale
+    work shift
+    double lo
+    double rstd
+
+
+cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept nogil:
+    cdef double mean = t.mean[set_] if t.has_mean else 0
+    c.hi = <work> mean
+    c.lo = mean - <double> c.hi
+    c.rstd = t.rstd[set_]
+
+
+cdef inline void finish_terms(const fn_task* t, double gy, double gyd, terms* c) noexcept nogil:
+    """From the sums over the set of gy and of gy*(x - hi)."""
+    cdef double count = <double> (t.o * t.k * t.i)
+    cdef double m1 = gy / count if t.has_mean else 0
+    cdef double m2 = c.rstd * (gyd - c.lo * gy) / count
+    if t.given:
+        m1 = m2 = 0
+    c.scale = <work> (-c.rstd * c.rstd * m2)
+    c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
+
+
+cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
+                             double* sums) noexcept nogil:
+    cdef int64_t r0, r1, p0, p1, at
+    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
+    at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
+    sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0, p.stride,
+             p1 - p0, hi, sums)
+
+
+cdef inline void map_channel(const plan* p, int64_t set_, int64_t k, int64_t r, int64_t p0,
+                             int64_t p1, const terms* c) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t at = set_start(t, set_) + k * t.i + r * p.stride + p0
+    cdef work weight = (<const work*> t.weight)[set_ % t.g * t.k + k]
+    map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0, c.hi,
+            c.scale, c.shift, <work> (c.rstd * <double> weight), t.stream)
+
+
+cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const double* sums,
+                             const terms* c, double* dweight, double* dbias,
+                             double* over_set) noexcept nogil:
+    cdef int64_t channel = set_ % p.task.g * p.task.k + k
+    cdef double weight = <double> (<const work*> p.task.weight)[channel]
+    over_set[0] += weight * sums[0]
+    over_set[1] += weight * sums[1]
+    dweight[channel] += c.rstd * (sums[1] - c.lo * sums[0])
+    dbias[channel] += sums[0]
+
+
+cdef void backward_block(void* context, int64_t index) noexcept nogil:
+    """Blocks of groups, for a part of b."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef terms c[BLOCK]
+    cdef double sums[2]
+    cdef double over_set[2]
+    cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, k, tile, r
+    cdef double* dweight = p.partial + 2 * b_tile * t.g * t.k
+    for b in range(b_tile * t.b // p.b_tiles, (b_tile + 1) * t.b // p.b_tiles):
+        set_ = b * t.g + index % p.blocks * p.block
+        end = minimum((b + 1) * t.g, set_ + p.block)
+        while set_ < end:
+            stop = minimum(end, set_ + p.group)
+            for s in range(set_, stop):
+                start_terms(t, s, &c[s - set_])
+                over_set[0] = over_set[1] = 0
+                for k in range(t.k):
+                    sums[0] = sums[1] = 0
+                    for tile in range(p.tiles):
+                        sum_channel(p, s, k, tile, c[s - set_].hi, sums)
+                    add_channel(p, s, k, sums, &c[s - set_], dweight, dweight + t.g * t.k, over_set)
+                finish_terms(t, over_set[0], over_set[1], &c[s - set_])
+            for r in range(t.o):
+                for s in range(set_, stop):
+                    for k in range(t.k):
+                        map_channel(p, s, k, r, 0, p.n, &c[s - set_])
+            set_ = stop
+    if t.stream:
+        stream_end()
+
+
+cdef inline void backward_rows_chunk(
+    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
+    const work* weight, const terms* c, double* dweight, double* dbias, bint stream
+) noexcept nogil:
+    """LANES columns, or a tail of n, down at most ROWS rows."""
+    cdef work d[LANES]
+    cdef work u[LANES]
+    cdef work w[LANES]
+    cdef work sum_w[LANES]
+    cdef work sum_b[LANES]
+    cdef work rstd, shift
+    cdef int64_t r
+    cdef int j
+    for j in range(LANES):
+        sum_w[j] = sum_b[j] = w[j] = 0
+    for j in range(LANES):
+        if j < n:
+            w[j] = weight[j]
+    for r in range(rows):
+        rstd = <work> c[r].rstd
+        shift = <work> (-c[r].lo * c[r].rstd)
+        load(x + r * stride, n, c[r].hi, d)
+        load(dy + r * stride, n, 0, u)
+        for j in range(LANES):
+            d[j] = d[j] - c[r].hi
+            sum_w[j] = sum_w[j] + u[j] * (d[j] * rstd + shift)
+            sum_b[j] = sum_b[j] + u[j]
+            d[j] = (d[j] * c[r].scale + c[r].shift) + u[j] * w[j] * rstd
+        store(y + r * stride, n, d, stream)
+    for j in range(LANES):
+        if j < n:
+            dweight[j] = dweight[j] + <double> sum_w[j]
+            dbias[j] = dbias[j] + <double> sum_b[j]
+
+
+cdef void backward_elements(void* context, int64_t index) noexcept nogil:
+    """i == 1 and o == 1: rows with a weight for each place; a part of b, one group."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef terms c[ROWS]
+    cdef double sums[2]
+    cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k, b, at, r, rows, j
+    cdef int64_t end = (b_tile + 1) * t.b // p.b_tiles
+    cdef const stored* x = <const stored*> t.x
+    cdef const stored* dy = <const stored*> t.dy
+    cdef stored* y = <stored*> t.y
+    cdef const work* weight = <const work*> t.weight + g * t.k
+    cdef double* dweight = p.partial + 2 * b_tile * size + g * t.k
+    cdef bint stream = (t.stream and until_aligned(y) == 0
+                        and t.k * <int64_t> sizeof(stored) % 64 == 0)
+    b = b_tile * t.b // p.b_tiles
+    while b < end:
+        rows = minimum(ROWS, end - b)
+        for r in range(rows):
+            at = (b + r) * size + g * t.k
+            start_terms(t, (b + r) * t.g + g, &c[r])
+            sums[0] = sums[1] = 0
+            sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
+            finish_terms(t, sums[0], sums[1], &c[r])
+        at = b * size + g * t.k
+        j = 0
+        while j + LANES <= t.k:
+            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, LANES, weight + j, c,
+                                dweight + j, dweight + size + j, stream)
+            j += LANES
+        if j < t.k:
+            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, t.k - j, weight + j,
+                                c, dweight + j, dweight + size + j, False)
+        b += rows
+    if stream:
+        stream_end()
+
+
+cdef inline void unit_bounds(const plan* p, int64_t index, int64_t* set_, int64_t* k0, int64_t* k1,
+                             int64_t* tile) noexcept nogil:
+    """A split backward's unit: a tile of a channel, or whole channels where they are short."""
+    cdef int64_t parts = ceil_div(p.task.k, p.channels)
+    tile[0] = index % p.tiles
+    k0[0] = index // p.tiles % parts * p.channels
+    k1[0] = minimum(p.task.k, k0[0] + p.channels)
+    set_[0] = index // p.tiles // parts
+
+
+cdef void backward_tile_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t set_, k0, k1, tile, k
+    cdef double* sums
+    cdef terms c
+    unit_bounds(p, index, &set_, &k0, &k1, &tile)
+    start_terms(p.task, set_, &c)
+    for k in range(k0, k1):
+        sums = p.partial + 2 * ((set_ * p.task.k + k) * p.tiles + tile)
+        sums[0] = sums[1] = 0
+        sum_channel(p, set_, k, tile, c.hi, sums)
+
+
+cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef int64_t set_, k0, k1, tile, k, r0, r1, p0, p1, r
+    cdef double* over_set
+    cdef terms c
+    index = p.sets * ceil_div(t.k, p.channels) * p.tiles - 1 - index
+    unit_bounds(p, index, &set_, &k0, &k1, &tile)
+    over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
+    start_terms(t, set_, &c)
+    finish_terms(t, over_set[0], over_set[1], &c)
+    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
+    for r in range(r0, r1):
+        for k in range(k0, k1):
+            map_channel(p, set_, k, r, p0, p1, &c)
+    if t.stream:
+        stream_end()
+
+
+cdef void backward_split(plan* p) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t units = p.sets * ceil_div(t.k, p.channels) * p.tiles, set_, k, tile
+    cdef double* part = p.partial
+    cdef double* over_set
+    cdef double sums[2]
+    cdef terms c
+    fn_parallel_for(t, units, backward_tile_sums, p)
+    for set_ in range(p.sets):
+        over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
+        over_set[0] = over_set[1] = 0
+        start_terms(t, set_, &c)
+        for k in range(t.k):
+            sums[0] = sums[1] = 0
+            for tile in range(p.tiles):
+                sums[0] += part[0]
+                sums[1] += part[1]
+                part += 2
+            add_channel(p, set_, k, sums, &c, t.dweight, t.dbias, over_set)
+    fn_parallel_for(t, units, backward_tile_map, p)
+
+
+cdef public void rows_backward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cdef int64_t size = t.g * t.k, j, tile
+    cut(&p, t, t.i)
+    p.blocks = ceil_div(t.g, p.block)
+    for j in range(size):
+        t.dweight[j] = t.dbias[j] = 0
+    if t.i > 1 and few_and_large(&p):
+        backward_split(&p)
+        return
+    for j in range(2 * p.b_tiles * size):
+        p.partial[j] = 0
+    if t.i == 1:
+        fn_parallel_for(t, p.b_tiles * t.g, backward_elements, &p)
+    else:
+        fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p)
+    for tile in range(p.b_tiles):
+        for j in range(size):
+            t.dweight[j] += p.partial[2 * tile * size + j]
+            t.dbias[j] += p.partial[(2 * tile + 1) * size + j]

@@ -1,0 +1,53 @@
+/* One call, as the kernels see it: checked, with every default filled in. */
+#ifndef FASTNORM_TASK_H
+#define FASTNORM_TASK_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fastnorm.h"
+
+typedef struct fn_task {
+    int64_t b, o, g, k, i; /* the geometry of fastnorm.h */
+    int has_mean;          /* 0: the mean is taken as 0 */
+    int given;             /* statistics are constants: read mean and var, or mean and rstd */
+    int stream;            /* outputs pass the caches by */
+    const void *x;
+    const void *dy; /* NULL in a forward */
+    void *y;        /* dx in a backward */
+    const void *weight; /* [g][k] in the working type, never NULL */
+    const void *bias;
+    double eps;
+    double *mean; /* [b][g]; forward: outputs, each may be NULL. Backward: inputs */
+    double *var;
+    double *rstd;
+    double *dweight; /* [g][k] or both NULL */
+    double *dbias;
+    void *scratch;
+    int64_t l2; /* bytes of second-level cache that a thread may count on */
+    int threads;
+    fastnorm_parallel_for parallel_for;
+    void *user;
+} fn_task;
+
+/* The kernels of one element type at one instruction set level. */
+typedef struct fn_kernels {
+    void (*rows_forward)(const fn_task *);
+    void (*rows_backward)(const fn_task *);
+    void (*columns_forward)(const fn_task *);
+    void (*columns_backward)(const fn_task *);
+    size_t (*rows_scratch)(const fn_task *); /* bytes of scratch for either direction */
+    size_t (*columns_scratch)(const fn_task *);
+} fn_kernels;
+
+/* parallel.c */
+typedef void (*fn_body)(void *context, int64_t index);
+void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context);
+int fn_available_threads(void);
+
+/* cpu.c: NULL where this processor or build lacks the level */
+const fn_kernels *fn_find_kernels(int32_t dtype, int32_t isa);
+int64_t fn_l2_bytes(void);
+int64_t fn_last_level_bytes(void);
+
+#endif
