@@ -265,7 +265,7 @@ def _statistic(name, stats, what, shape):
             f"{name}: stats is a {type(stats).__name__}, expected the Statistics that the forward"
             " returns with return_stats=True"
         )
-    array = np.ascontiguousarray(array, np.float64)
+    array = np.asarray(array, np.float64, order="C")
     if array.shape != shape:
         raise ValueError(
             f"{name}: stats.{what} has shape {array.shape}, expected {shape};"

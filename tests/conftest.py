@@ -1,0 +1,32 @@
+"""Fixtures of the grid: backends and instruction set levels."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fastnorm import backends
+
+LEVELS = {"v2": 2, "v3": 3, "v4": 4}
+
+
+def engines():
+    """Every backend; the native one at each level that this processor has."""
+    native = backends.load("native")
+    if isinstance(native, str):
+        return ["reference"]
+    best = native.isa_name()
+    if best not in LEVELS:
+        return ["native", "reference"]
+    return [f"native-{level}" for level in LEVELS if level <= best] + ["reference"]
+
+
+@pytest.fixture(params=engines())
+def engine(request, monkeypatch):
+    """The name to pass as backend=, with the level already set."""
+    name, _, level = request.param.partition("-")
+    if level:
+        monkeypatch.setattr(backends.load("native"), "isa", LEVELS[level])
+    return name
