@@ -24,7 +24,7 @@ from fastnorm.dtypes import NAMES, TABLE
 class Layer:
     """State that every layer has: parameters with gradients, buffers, train and eval."""
 
-    _parameters = ()
+    parameters = ()
     _buffers = ()
 
     def __init__(self, layout="NCHW", dtype=np.float32, backend=None):
@@ -51,20 +51,20 @@ class Layer:
 
     def zero_grad(self):
         """Forget the accumulated gradients."""
-        for name in self._parameters:
+        for name in self.parameters:
             setattr(self, f"grad_{name}", None)
 
     def _set_parameters(self, shape, weight, bias):
         self.weight = np.ones(shape, self.dtype) if weight else None
         self.bias = np.zeros(shape, self.dtype) if bias else None
-        self._parameters = tuple(
+        self.parameters = tuple(
             name for name in ("weight", "bias") if getattr(self, name) is not None
         )
         self.grad_weight = self.grad_bias = None
 
     def _accumulate(self, dweight, dbias):
         for name, gradient in (("weight", dweight), ("bias", dbias)):
-            if name in self._parameters:
+            if name in self.parameters:
                 before = getattr(self, f"grad_{name}")
                 gradient = gradient.astype(self.dtype, copy=False)
                 setattr(self, f"grad_{name}", gradient if before is None else before + gradient)
@@ -76,7 +76,7 @@ class Layer:
 
     def state_dict(self):
         """Copies of parameters and buffers by PyTorch's names."""
-        names = (*self._parameters, *self._buffers)
+        names = (*self.parameters, *self._buffers)
         return {name: np.array(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state):
@@ -146,13 +146,6 @@ class _ChannelNorm(Layer):
                 f" expected a {ranks} array"
             )
 
-    def _momentum(self):
-        """Of this batch: 1/t for the cumulative average of momentum=None. The batch is counted
-        behind the call, so that a refused input leaves the layer as it was."""
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (float(self.num_batches_tracked or 0) + 1.0)
-
     def _describe(self):
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine},"
@@ -187,6 +180,13 @@ class _BatchNorm(_ChannelNorm):
     Source:
         Ioffe and Szegedy, "Batch Normalization", 2015.
     """
+
+    def _momentum(self):
+        """Of this batch: 1/t for the cumulative average of momentum=None. The batch is counted
+        behind the call, so that a refused input leaves the layer as it was."""
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / (float(self.num_batches_tracked or 0) + 1.0)
 
     def forward(self, x):
         """Normalize x; in training also move the running statistics."""
@@ -226,7 +226,8 @@ class _InstanceNorm(_ChannelNorm):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: of the running statistics; None is the cumulative average.
+        momentum: of the running statistics; with None they stay, and as in PyTorch
+            num_batches_tracked counts nothing.
         affine: whether there are a weight and a bias; not by default.
         track_running_stats: whether there are running statistics; not by default.
         layout, dtype, backend: see fastnorm.layers.
@@ -258,10 +259,9 @@ class _InstanceNorm(_ChannelNorm):
         use_input = self.training or not self.track_running_stats
         y, stats = functional.instance_norm(
             batched, self.running_mean, self.running_var, self.weight, self.bias, use_input,
-            self._momentum(), self.eps, layout=self.layout, return_stats=True, backend=self.backend,
+            self.momentum or 0.0, self.eps, layout=self.layout, return_stats=True,
+            backend=self.backend,
         )
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked += 1
         self._saved = batched, stats, alone
         return y[0] if alone else y
 
