@@ -1,0 +1,1 @@
+"""The main job on real input: LeNet-5 with and without batch norm. See `fastnorm demo --help`."""
