@@ -1,6 +1,7 @@
 """Normalization of NumPy arrays at the speed of memory. The names follow torch.nn."""
 
 from fastnorm.config import explain, get_num_threads, set_num_threads
+from fastnorm.cross_channel import local_response_norm, normalize
 from fastnorm.functional import (
     Gradients,
     Statistics,
@@ -15,7 +16,6 @@ from fastnorm.functional import (
     rms_norm,
     rms_norm_backward,
 )
-from fastnorm.cross_channel import local_response_norm, normalize
 from fastnorm.install import get_include, get_library
 from fastnorm.layers import (
     BatchNorm1d,

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+import oracle
 
 import fastnorm
-import oracle
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-
-import fastnorm
 from cases import large_cases, small_cases
 from conftest import LEVELS
-from fastnorm import backends
 from test_grid import layouts, to_layout
+
+import fastnorm
+from fastnorm import backends
 
 native = backends.load("native")
 pytestmark = pytest.mark.skipif(isinstance(native, str), reason="no native library here")

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from cases import Case, small_cases
 from test_grid import from_layout, layouts, to_layout
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from cases import large_cases, small_cases
+
 from fastnorm.dtypes import TABLE
 
 THREADS = (1, 2, 3)
@@ -159,8 +159,9 @@ def test_in_place(case, engine):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_given_statistics(case, dtype, engine):
     """Evaluation uses the running statistics, and its backward takes them as constants."""
-    import fastnorm
     import oracle
+
+    import fastnorm
 
     x, dy, weight, bias = case.arrays(dtype)
     rng = np.random.default_rng(1)

@@ -1,10 +1,10 @@
 """Hard numbers: large means, constants, extremes, NaN, empty and one-valued sets."""
 
 import numpy as np
+import oracle
 import pytest
 
 import fastnorm
-import oracle
 
 LAYOUTS = ("NCHW", "NHWC")
 

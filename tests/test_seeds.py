@@ -1,11 +1,11 @@
 """The systems that fastnorm reproduces, held to their figures and formulas."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
 
 import fastnorm
-import oracle
 from examples import classics
 
 F = np.float32

@@ -85,7 +85,13 @@ def train(images, batch_norm, epochs, rate, batch, seed, on_step=lambda loss: No
 def run(images, epochs=10, rate=0.01, batch=64, seed=0, plot="lenet5.png"):
     """Train both networks with a progress bar; print the table and save the plot."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console()
     console.print(

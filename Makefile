@@ -1,0 +1,29 @@
+.PHONY: help install build test test-c demo lint check clean
+PYTHON ?= python
+
+help:  ## list the tasks
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install:  ## install in place, with what tests and linting need
+	$(PYTHON) -m pip install -e ".[dev]"
+
+build:  ## compile libfastnorm and the binding in place again
+	$(PYTHON) setup.py build_ext --inplace
+
+test:  ## run the tests
+	$(PYTHON) -m pytest
+
+test-c:  ## build and run the C example and the C test
+	$(PYTHON) -m pytest tests/test_install.py -k "c_program or header or library"
+
+demo:  ## train LeNet-5 with and without batch norm
+	$(PYTHON) -m fastnorm demo
+
+lint:  ## check style
+	ruff check .
+	cython-lint fastnorm
+
+check: lint test  ## everything that must be green
+
+clean:  ## remove what builds made
+	rm -rf build dist *.egg-info fastnorm/lib fastnorm/include fastnorm/backends/*.so

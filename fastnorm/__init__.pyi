@@ -1,0 +1,301 @@
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fastnorm.layers import (
+    BatchNorm1d as BatchNorm1d,
+)
+from fastnorm.layers import (
+    BatchNorm2d as BatchNorm2d,
+)
+from fastnorm.layers import (
+    BatchNorm3d as BatchNorm3d,
+)
+from fastnorm.layers import (
+    GroupNorm as GroupNorm,
+)
+from fastnorm.layers import (
+    InstanceNorm1d as InstanceNorm1d,
+)
+from fastnorm.layers import (
+    InstanceNorm2d as InstanceNorm2d,
+)
+from fastnorm.layers import (
+    InstanceNorm3d as InstanceNorm3d,
+)
+from fastnorm.layers import (
+    LayerNorm as LayerNorm,
+)
+from fastnorm.layers import (
+    LazyBatchNorm1d as LazyBatchNorm1d,
+)
+from fastnorm.layers import (
+    LazyBatchNorm2d as LazyBatchNorm2d,
+)
+from fastnorm.layers import (
+    LazyBatchNorm3d as LazyBatchNorm3d,
+)
+from fastnorm.layers import (
+    LazyInstanceNorm1d as LazyInstanceNorm1d,
+)
+from fastnorm.layers import (
+    LazyInstanceNorm2d as LazyInstanceNorm2d,
+)
+from fastnorm.layers import (
+    LazyInstanceNorm3d as LazyInstanceNorm3d,
+)
+from fastnorm.layers import (
+    LocalResponseNorm as LocalResponseNorm,
+)
+from fastnorm.layers import (
+    RMSNorm as RMSNorm,
+)
+
+__version__: str
+
+Array = NDArray[Any]
+Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
+Backend = Literal["native", "reference"]
+
+class Statistics:
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+    rstd: NDArray[np.float64]
+    given: bool
+    def __init__(
+        self,
+        mean: NDArray[np.float64],
+        var: NDArray[np.float64],
+        rstd: NDArray[np.float64],
+        given: bool = ...,
+    ) -> None: ...
+
+class Gradients(NamedTuple):
+    dx: Array
+    dweight: Array
+    dbias: Array | None
+
+@overload
+def batch_norm(
+    x: Array,
+    running_mean: Array | None = ...,
+    running_var: Array | None = ...,
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    training: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    convention: Literal["torch", "keras"] = ...,
+) -> Array: ...
+@overload
+def batch_norm(
+    x: Array,
+    running_mean: Array | None = ...,
+    running_var: Array | None = ...,
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    training: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    convention: Literal["torch", "keras"] = ...,
+) -> tuple[Array, Statistics]: ...
+@overload
+def instance_norm(
+    x: Array,
+    running_mean: Array | None = ...,
+    running_var: Array | None = ...,
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    use_input_stats: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Array: ...
+@overload
+def instance_norm(
+    x: Array,
+    running_mean: Array | None = ...,
+    running_var: Array | None = ...,
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    use_input_stats: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> tuple[Array, Statistics]: ...
+@overload
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    eps: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Array: ...
+@overload
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    eps: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> tuple[Array, Statistics]: ...
+@overload
+def layer_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    eps: float = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Array: ...
+@overload
+def layer_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    eps: float = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> tuple[Array, Statistics]: ...
+@overload
+def rms_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    eps: float | None = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Array: ...
+@overload
+def rms_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    eps: float | None = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> tuple[Array, Statistics]: ...
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    weight: Array | None = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Gradients: ...
+def instance_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    weight: Array | None = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Gradients: ...
+def group_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    num_groups: int,
+    weight: Array | None = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Gradients: ...
+def layer_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    *,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Gradients: ...
+def rms_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    *,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+) -> Gradients: ...
+def local_response_norm(
+    x: Array,
+    size: int,
+    alpha: float = ...,
+    beta: float = ...,
+    k: float = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+) -> Array: ...
+def normalize(
+    x: Array, p: float = ..., dim: int = ..., eps: float = ..., *, out: Array | None = ...
+) -> Array: ...
+def explain(x: Array | DTypeLike | None = ..., *, backend: Backend | None = ...) -> None: ...
+def set_num_threads(num_threads: int) -> None: ...
+def get_num_threads() -> int: ...
+def get_include() -> str: ...
+def get_library() -> str: ...

@@ -1,0 +1,167 @@
+"""The installed package: header, library, C programs, imports, command line."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastnorm
+from fastnorm import backends
+
+ROOT = Path(__file__).parents[1]
+CC = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+needs_cc = pytest.mark.skipif(CC is None, reason="no C compiler here")
+needs_library = pytest.mark.skipif(
+    isinstance(backends.load("native"), str), reason="no native library here"
+)
+STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
+
+
+def run(*command, **keywords):
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=300, **keywords
+    )
+
+
+def build(source, output, *flags):
+    library = Path(fastnorm.get_library())
+    done = run(
+        CC, "-std=c99", *STRICT, source, "-o", output, f"-I{fastnorm.get_include()}", library,
+        f"-Wl,-rpath,{library.parent}", "-lm", "-lpthread", *flags,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_cc
+@needs_library
+@pytest.mark.parametrize("source", ["examples/embed.c", "tests/test_library.c"])
+def test_c_program_runs_without_python(source, tmp_path):
+    build(ROOT / source, tmp_path / "program")
+    done = run(tmp_path / "program", env={"PATH": ""}, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_cc
+@pytest.mark.parametrize(("compiler", "standard"), [("gcc", "c99"), ("g++", "c++11")])
+def test_header_compiles(compiler, standard, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
+    source = tmp_path / ("header.c" if compiler == "gcc" else "header.cc")
+    source.write_text("#include <fastnorm.h>\nint main(void) { return FASTNORM_OK; }\n")
+    done = run(
+        compiler, f"-std={standard}", *STRICT, f"-I{fastnorm.get_include()}", "-c", source,
+        "-o", tmp_path / "header.o",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
+def test_library_needs_no_python_and_exports_only_its_names():
+    undefined = run("nm", "-D", "--undefined-only", fastnorm.get_library()).stdout
+    assert undefined
+    assert " Py" not in undefined
+    assert " _Py" not in undefined
+    defined = run("nm", "-D", "--defined-only", fastnorm.get_library()).stdout.split()[2::3]
+    header = (Path(fastnorm.get_include()) / "fastnorm.h").read_text()
+    assert defined
+    for name in defined:
+        assert f"{name}(" in header
+
+
+def test_import_brings_numpy_and_nothing_else():
+    heavy = ("numba", "torch", "matplotlib", "sklearn", "scipy", "rich", "dask")
+    script = f"import sys, fastnorm; print([m for m in {heavy!r} if m in sys.modules])"
+    assert run(sys.executable, "-c", script).stdout.strip() == "[]"
+
+
+def test_version():
+    assert fastnorm.__version__.count(".") == 2
+    native = backends.load("native")
+    if not isinstance(native, str):
+        major, minor, patch = map(int, fastnorm.__version__.split("."))
+        assert native.version() == major * 10000 + minor * 100 + patch
+
+
+def test_explain(capsys):
+    fastnorm.explain()
+    text = capsys.readouterr().out
+    assert "chosen" in text
+    assert all(name in text for name in backends.NAMES)
+    fastnorm.explain(np.zeros(3), backend="reference")
+    assert "not asked: backend='reference'" in capsys.readouterr().out
+    fastnorm.explain(np.zeros(3, int))
+    assert "no backend: arrays of int64" in capsys.readouterr().out
+
+
+def test_without_the_native_backend_the_reference_serves(monkeypatch, capsys):
+    monkeypatch.setitem(backends._loaded, "native", "cannot be imported: no compiler")
+    monkeypatch.setattr("fastnorm.config._chosen", {})
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    assert fastnorm.layer_norm(x, 4).shape == (3, 4)
+    with pytest.raises(ValueError, match="backend 'native' cannot be imported: no compiler"):
+        fastnorm.layer_norm(x, 4, backend="native")
+    fastnorm.explain()
+    assert "cannot: cannot be imported: no compiler" in capsys.readouterr().out
+
+
+def test_threads_setting():
+    before = fastnorm.get_num_threads()
+    assert before >= 1
+    try:
+        fastnorm.set_num_threads(3)
+        assert fastnorm.get_num_threads() == 3
+    finally:
+        fastnorm.set_num_threads(0)
+    script = "import fastnorm; print(fastnorm.get_num_threads())"
+    done = run(sys.executable, "-c", script, env=os.environ | {"FASTNORM_NUM_THREADS": "5"})
+    assert done.stdout.strip() == "5"
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """A few images in the format of the CIFAR-10 python batches; the label is the red."""
+    rng = np.random.default_rng(0)
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        labels = rng.integers(0, 10, 60)
+        data = rng.integers(0, 256, (60, 3072), dtype=np.uint8)
+        data[:, :1024] = (labels * 25)[:, None]
+        with (tmp_path / name).open("wb") as file:
+            pickle.dump({b"data": data, b"labels": labels.tolist(), b"batch_label": b""}, file)
+    return tmp_path
+
+
+def test_cifar10_loader(cifar):
+    from fastnorm.demo import data
+
+    images = data.cifar10(cifar)
+    assert images.train_x.shape == (120, 3, 32, 32)
+    assert images.test_x.dtype == np.float32
+    assert -1 <= images.train_x.min() < images.train_x.max() <= 1
+    np.testing.assert_allclose((images.test_x[:, 0, 0, 0] + 1) * 127.5 / 25, images.test_y, atol=1e-5)
+
+
+def test_demo(cifar, capsys):
+    from fastnorm.__main__ import main
+
+    plot = cifar / "plot.png"
+    assert main(["demo", "--data", str(cifar), "--epochs", "2", "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "with batch norm" in capsys.readouterr().out
+    assert main(["demo", "--data", str(cifar / "missing")]) == 1
+    assert "no CIFAR-10 python batches" in capsys.readouterr().err
+
+
+def test_batch_norm_is_ahead_in_the_first_epochs():
+    from fastnorm.demo import data, lenet
+
+    images = data.digits()
+    without = lenet.train(images, False, 2, 0.01, 64, 0)
+    with_batch_norm = lenet.train(images, True, 2, 0.01, 64, 0)
+    assert with_batch_norm[0] > without[0] + 5
+    assert with_batch_norm[1] > 85

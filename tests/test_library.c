@@ -1,0 +1,321 @@
+/* The C contract, from C: status codes, untouched outputs, workspace, thread pools.
+ *
+ * Prints a line for each failed check and one with the counts. */
+#define _POSIX_C_SOURCE 200112L
+#include <fastnorm.h>
+
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int passed, failed;
+
+static void check(int holds, const char *what, int line)
+{
+    if (holds) {
+        passed++;
+    } else {
+        failed++;
+        printf("line %d: %s\n", line, what);
+    }
+}
+
+#define CHECK(condition) check((condition), #condition, __LINE__)
+
+enum { B = 3, O = 4, G = 5, K = 2, I = 700, SIZE = B * O * G * K * I, CHANNELS = G * K, SETS = B * G };
+
+static float x[SIZE], dy[SIZE], y[SIZE], dx[SIZE];
+static float weight[CHANNELS], bias[CHANNELS], dweight[CHANNELS], dbias[CHANNELS];
+static float running_mean[G], running_var[G];
+static double mean[SETS], var[SETS], rstd[SETS];
+static const fastnorm_geometry shape = {B, O, G, K, I};
+
+static fastnorm_forward_args forward_args(void)
+{
+    fastnorm_forward_args args;
+    memset(&args, 0, sizeof args);
+    args.struct_size = sizeof args;
+    args.dtype = FASTNORM_FLOAT32;
+    args.eps = 1e-5;
+    args.momentum = 0.1;
+    args.x = x;
+    args.y = y;
+    args.weight = weight;
+    args.bias = bias;
+    args.mean = mean;
+    args.var = var;
+    args.rstd = rstd;
+    return args;
+}
+
+static fastnorm_backward_args backward_args(void)
+{
+    fastnorm_backward_args args;
+    memset(&args, 0, sizeof args);
+    args.struct_size = sizeof args;
+    args.dtype = FASTNORM_FLOAT32;
+    args.dy = dy;
+    args.x = x;
+    args.weight = weight;
+    args.mean = mean;
+    args.rstd = rstd;
+    args.dx = dx;
+    args.dweight = dweight;
+    args.dbias = dbias;
+    return args;
+}
+
+static fastnorm_options default_options(void)
+{
+    fastnorm_options options;
+    memset(&options, 0, sizeof options);
+    options.struct_size = sizeof options;
+    return options;
+}
+
+static void poison(void)
+{
+    for (int at = 0; at < SIZE; at++) y[at] = dx[at] = 7;
+    for (int at = 0; at < SETS; at++) mean[at] = var[at] = rstd[at] = 7;
+    for (int at = 0; at < CHANNELS; at++) dweight[at] = dbias[at] = 7;
+    for (int at = 0; at < G; at++) running_mean[at] = running_var[at] = 7;
+}
+
+static int untouched(void)
+{
+    for (int at = 0; at < SIZE; at++)
+        if (y[at] != 7 || dx[at] != 7) return 0;
+    for (int at = 0; at < SETS; at++)
+        if (mean[at] != 7 || var[at] != 7 || rstd[at] != 7) return 0;
+    for (int at = 0; at < CHANNELS; at++)
+        if (dweight[at] != 7 || dbias[at] != 7) return 0;
+    for (int at = 0; at < G; at++)
+        if (running_mean[at] != 7 || running_var[at] != 7) return 0;
+    return 1;
+}
+
+#define REFUSED_FORWARD(change, wanted)                                     \
+    do {                                                                    \
+        fastnorm_geometry s = shape;                                        \
+        fastnorm_forward_args a = forward_args();                           \
+        fastnorm_options o = default_options();                             \
+        change;                                                             \
+        CHECK(fastnorm_forward(&s, &a, &o) == (wanted) && untouched());     \
+    } while (0)
+
+#define REFUSED_BACKWARD(change, wanted)                                    \
+    do {                                                                    \
+        fastnorm_geometry s = shape;                                        \
+        fastnorm_backward_args a = backward_args();                         \
+        fastnorm_options o = default_options();                             \
+        change;                                                             \
+        CHECK(fastnorm_backward(&s, &a, &o) == (wanted) && untouched());    \
+    } while (0)
+
+static void test_errors(void)
+{
+    static char small[64];
+    poison();
+    CHECK(fastnorm_forward(NULL, NULL, NULL) == FASTNORM_NULL_POINTER);
+    CHECK(fastnorm_backward(&shape, NULL, NULL) == FASTNORM_NULL_POINTER);
+    REFUSED_FORWARD(a.x = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_FORWARD(a.y = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_FORWARD(a.struct_size = 3, FASTNORM_BAD_STRUCT_SIZE);
+    REFUSED_FORWARD(o.struct_size = 3, FASTNORM_BAD_STRUCT_SIZE);
+    REFUSED_FORWARD(a.dtype = 99, FASTNORM_BAD_DTYPE);
+    REFUSED_FORWARD(a.param_dtype = 99, FASTNORM_BAD_DTYPE);
+    REFUSED_FORWARD(a.flags = 1 << 20, FASTNORM_BAD_FLAGS);
+    REFUSED_FORWARD(a.flags = FASTNORM_GIVEN_STATISTICS, FASTNORM_BAD_FLAGS);
+    REFUSED_FORWARD(s.b = 1; a.flags = FASTNORM_GIVEN_STATISTICS, FASTNORM_NULL_POINTER);
+    REFUSED_FORWARD(a.eps = NAN, FASTNORM_BAD_EPS);
+    REFUSED_FORWARD(a.momentum = INFINITY, FASTNORM_BAD_EPS);
+    REFUSED_FORWARD(s.o = -1, FASTNORM_NEGATIVE_SIZE);
+    REFUSED_FORWARD(s.i = INT64_MAX / 2, FASTNORM_SIZE_OVERFLOW);
+    REFUSED_FORWARD(s.b = 0; s.o = s.g = s.k = s.i = (int64_t)1 << 31, FASTNORM_SIZE_OVERFLOW);
+    REFUSED_FORWARD(o.num_threads = -1, FASTNORM_NEGATIVE_SIZE);
+    REFUSED_FORWARD(o.isa = 77, FASTNORM_BAD_ISA);
+    REFUSED_FORWARD(o.workspace = small; o.workspace_size = 64, FASTNORM_WORKSPACE_TOO_SMALL);
+    REFUSED_FORWARD(a.y = x + 1, FASTNORM_OVERLAP);
+    REFUSED_FORWARD(a.weight = y, FASTNORM_OVERLAP);
+    REFUSED_FORWARD(a.var = mean, FASTNORM_OVERLAP);
+    REFUSED_FORWARD(a.mean = NULL; a.running_mean = running_mean, FASTNORM_NULL_POINTER);
+    REFUSED_FORWARD(s.b = s.o = s.k = s.i = 1; a.running_var = running_var,
+                    FASTNORM_TOO_FEW_VALUES);
+    REFUSED_BACKWARD(a.dy = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_BACKWARD(a.x = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_BACKWARD(a.dx = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_BACKWARD(a.rstd = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_BACKWARD(a.mean = NULL, FASTNORM_NULL_POINTER);
+    REFUSED_BACKWARD(a.dtype = 0, FASTNORM_BAD_DTYPE);
+    REFUSED_BACKWARD(a.flags = FASTNORM_BIASED_RUNNING_VAR, FASTNORM_BAD_FLAGS);
+    REFUSED_BACKWARD(a.dx = dy + 1, FASTNORM_OVERLAP);
+    REFUSED_BACKWARD(a.dbias = dweight, FASTNORM_OVERLAP);
+    REFUSED_BACKWARD(a.struct_size = 0, FASTNORM_BAD_STRUCT_SIZE);
+    CHECK(fastnorm_batch_norm(FASTNORM_FLOAT32, (fastnorm_layout)9, 1, 2, 3, x, NULL, NULL, 1e-5, y,
+                              NULL, NULL, NULL) == FASTNORM_BAD_LAYOUT);
+    CHECK(fastnorm_group_norm(FASTNORM_FLOAT32, FASTNORM_NHWC, 2, 10, 7, 3, x, NULL, NULL, 1e-5, y,
+                              NULL, NULL, NULL) == FASTNORM_NOT_DIVISIBLE);
+    CHECK(fastnorm_group_norm(FASTNORM_FLOAT32, FASTNORM_NHWC, 2, 10, 7, 0, x, NULL, NULL, 1e-5, y,
+                              NULL, NULL, NULL) == FASTNORM_NOT_DIVISIBLE);
+    CHECK(fastnorm_batch_norm(FASTNORM_FLOAT32, FASTNORM_NHWC, INT64_MAX, 2, 3, x, NULL, NULL, 1e-5,
+                              y, NULL, NULL, NULL) == FASTNORM_SIZE_OVERFLOW);
+    CHECK(fastnorm_layer_norm(FASTNORM_FLOAT32, -1, 3, x, NULL, NULL, 1e-5, y, NULL, NULL, NULL) ==
+          FASTNORM_NEGATIVE_SIZE);
+    CHECK(untouched());
+    for (int status = -1; status < 70; status++)
+        CHECK(strlen(fastnorm_status_string((fastnorm_status)status)) > 0);
+}
+
+static void fill(void)
+{
+    unsigned state = 1;
+    for (int at = 0; at < SIZE; at++) {
+        state = state * 1664525u + 1013904223u;
+        x[at] = (float)(state >> 8) / (1 << 24) * 4 + 1;
+        state = state * 1664525u + 1013904223u;
+        dy[at] = (float)(state >> 8) / (1 << 24) - 0.5f;
+    }
+    for (int c = 0; c < CHANNELS; c++) {
+        weight[c] = 0.5f + (float)c;
+        bias[c] = (float)c - 3;
+    }
+}
+
+/* The definition, in double. */
+static void test_values(void)
+{
+    fastnorm_forward_args forward = forward_args();
+    fastnorm_backward_args backward = backward_args();
+    double worst_y = 0, worst_dx = 0;
+    const double count = (double)O * K * I;
+    CHECK(fastnorm_forward(&shape, &forward, NULL) == FASTNORM_OK);
+    CHECK(fastnorm_backward(&shape, &backward, NULL) == FASTNORM_OK);
+    for (int b = 0; b < B; b++)
+        for (int g = 0; g < G; g++) {
+            double s = 0, q = 0, m1 = 0, m2 = 0, r;
+#define EACH(...)                                                               \
+    for (int o = 0; o < O; o++)                                                 \
+        for (int k = 0; k < K; k++)                                             \
+            for (int i = 0; i < I; i++) {                                       \
+                const int at = (((b * O + o) * G + g) * K + k) * I + i;         \
+                __VA_ARGS__                                                     \
+            }
+            EACH(s += x[at];)
+            s /= count;
+            EACH(q += (x[at] - s) * (x[at] - s);)
+            r = 1 / sqrt(q / count + 1e-5);
+            EACH(m1 += dy[at] * weight[g * K + k] / count;
+                 m2 += dy[at] * weight[g * K + k] * (x[at] - s) * r / count;)
+            EACH(
+                const double xhat = (x[at] - s) * r, gy = dy[at] * weight[g * K + k];
+                worst_y = fmax(worst_y, fabs(y[at] - (xhat * weight[g * K + k] + bias[g * K + k])));
+                worst_dx = fmax(worst_dx, fabs(dx[at] - r * (gy - m1 - xhat * m2)));)
+            CHECK(fabs(mean[b * G + g] - s) < 1e-6 && fabs(rstd[b * G + g] - r) < 1e-6);
+        }
+    CHECK(worst_y < 2e-5);
+    CHECK(worst_dx < 2e-5);
+}
+
+static int pool_calls;
+
+static void backwards_pool(void *user, int64_t n, void (*body)(void *, int64_t), void *context)
+{
+    *(int *)user += 1;
+    for (int64_t index = n - 1; index >= 0; index--) body(context, index);
+}
+
+static void test_options(void)
+{
+    static float again[SIZE];
+    fastnorm_forward_args args = forward_args();
+    fastnorm_options options = default_options();
+    size_t bytes = 0;
+    char *memory;
+    CHECK(fastnorm_forward(&shape, &args, NULL) == FASTNORM_OK);
+    memcpy(again, y, sizeof y);
+    CHECK(fastnorm_workspace_size(&shape, FASTNORM_FLOAT32, &bytes) == FASTNORM_OK && bytes > 0);
+    memory = malloc(bytes + 1);
+    memset(memory, 0xff, bytes + 1);
+    options.workspace = memory + 1; /* of any alignment */
+    options.workspace_size = bytes;
+    options.num_threads = 2;
+    options.parallel_for = backwards_pool;
+    options.parallel_for_user = &pool_calls;
+    poison();
+    CHECK(fastnorm_forward(&shape, &args, &options) == FASTNORM_OK);
+    CHECK(pool_calls > 0 && memcmp(again, y, sizeof y) == 0);
+    args.y = x; /* in place */
+    options = default_options();
+    CHECK(fastnorm_forward(&shape, &args, &options) == FASTNORM_OK);
+    CHECK(memcmp(again, x, sizeof x) == 0);
+    fill();
+    free(memory);
+}
+
+typedef struct job {
+    float *result;
+    double mean[SETS], var[SETS], rstd[SETS];
+    fastnorm_status status;
+} job;
+
+static void *run_job(void *argument)
+{
+    job *mine = argument;
+    fastnorm_forward_args args = forward_args();
+    args.y = mine->result;
+    args.mean = mine->mean;
+    args.var = mine->var;
+    args.rstd = mine->rstd;
+    mine->status = FASTNORM_OK;
+    for (int turn = 0; turn < 20 && mine->status == FASTNORM_OK; turn++)
+        mine->status = fastnorm_forward(&shape, &args, NULL);
+    return NULL;
+}
+
+static void test_threads(void)
+{
+    enum { THREADS = 8 };
+    static job jobs[THREADS];
+    pthread_t ids[THREADS];
+    fastnorm_forward_args args = forward_args();
+    CHECK(fastnorm_forward(&shape, &args, NULL) == FASTNORM_OK);
+    for (int t = 0; t < THREADS; t++) {
+        jobs[t].result = malloc(sizeof y);
+        CHECK(pthread_create(&ids[t], NULL, run_job, &jobs[t]) == 0);
+    }
+    for (int t = 0; t < THREADS; t++) {
+        pthread_join(ids[t], NULL);
+        CHECK(jobs[t].status == FASTNORM_OK && memcmp(jobs[t].result, y, sizeof y) == 0);
+        free(jobs[t].result);
+    }
+}
+
+static void test_fork(void)
+{
+    fastnorm_forward_args args = forward_args();
+    int status = -1;
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(30);
+        _exit(fastnorm_forward(&shape, &args, NULL) == FASTNORM_OK ? 0 : 1);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+}
+
+int main(void)
+{
+    fill();
+    test_errors();
+    test_values();
+    test_options();
+    test_threads();
+    test_fork();
+    CHECK(fastnorm_version() == FASTNORM_VERSION_MAJOR * 10000 + FASTNORM_VERSION_MINOR * 100 +
+                                    FASTNORM_VERSION_PATCH);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
