@@ -34,7 +34,14 @@ LEVELS = (
     if X86_64
     else {"baseline": []}
 )
-COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
+COMMON = [
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffunction-sections",
+    "-fdata-sections",
+]
 # Never fused multiply-adds, never -ffast-math: every level must give the same bits.
 MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # Checks that raise would bring Python into the library.
@@ -45,7 +52,8 @@ INLINE = "-DCYTHON_INLINE=inline __attribute__((always_inline))"
 def version():
     text = HEADER.read_text()
     return ".".join(
-        re.search(rf"FASTNORM_VERSION_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH")
+        re.search(rf"FASTNORM_VERSION_{part} (\d+)", text)[1]
+        for part in ("MAJOR", "MINOR", "PATCH")
     )
 
 
@@ -76,7 +84,9 @@ class BuildWithLibrary(build_ext):
 
         def compile_(source, name, *flags):
             objects.append(temporary / f"{name}.o")
-            commands.append([*compiler, *COMMON, *includes, *flags, "-c", str(source), "-o", objects[-1]])
+            commands.append(
+                [*compiler, *COMMON, *includes, *flags, "-c", str(source), "-o", objects[-1]]
+            )
 
         for module in cythonize(
             [
@@ -108,11 +118,9 @@ class BuildWithLibrary(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self.call, commands))
         script = ROOT / KERNELS / "libfastnorm.map"
-        self.call(
-            [*compiler, "-shared", "-o", library, *objects, *openmp, "-lm", "-lpthread"]
-            + ["-Wl,--gc-sections", "-Wl,-z,defs", f"-Wl,--version-script={script}"]
-            + ["-Wl,-soname,libfastnorm.so"]
-        )
+        link = ["-Wl,--gc-sections", "-Wl,-z,defs", f"-Wl,--version-script={script}"]
+        link += ["-Wl,-soname,libfastnorm.so", "-lm", "-lpthread"]
+        self.call([*compiler, "-shared", "-o", library, *objects, *openmp, *link])
 
     def has_openmp(self, compiler, temporary):
         if os.environ.get("FASTNORM_OPENMP") == "0":

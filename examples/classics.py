@@ -1,6 +1,6 @@
 """Two historic layers, each a few lines on fastnorm: SSD's L2 normalization and GroupBatchnorm2d.
 
-    python examples/classics.py
+python examples/classics.py
 """
 
 import numpy as np
@@ -56,7 +56,7 @@ class GroupBatchNorm2d:
         self.bias = np.zeros((c_num, 1, 1), np.float32)
 
     def __call__(self, x):
-        n, c, h, w = x.shape
+        _, c, h, w = x.shape
         _, stats = fastnorm.group_norm(x, self.group_num, return_stats=True)
         count = c // self.group_num * h * w
         std = np.sqrt(stats.var * count / (count - 1))

@@ -4,54 +4,22 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastnorm.layers import (
-    BatchNorm1d as BatchNorm1d,
-)
-from fastnorm.layers import (
-    BatchNorm2d as BatchNorm2d,
-)
-from fastnorm.layers import (
-    BatchNorm3d as BatchNorm3d,
-)
-from fastnorm.layers import (
-    GroupNorm as GroupNorm,
-)
-from fastnorm.layers import (
-    InstanceNorm1d as InstanceNorm1d,
-)
-from fastnorm.layers import (
-    InstanceNorm2d as InstanceNorm2d,
-)
-from fastnorm.layers import (
-    InstanceNorm3d as InstanceNorm3d,
-)
-from fastnorm.layers import (
-    LayerNorm as LayerNorm,
-)
-from fastnorm.layers import (
-    LazyBatchNorm1d as LazyBatchNorm1d,
-)
-from fastnorm.layers import (
-    LazyBatchNorm2d as LazyBatchNorm2d,
-)
-from fastnorm.layers import (
-    LazyBatchNorm3d as LazyBatchNorm3d,
-)
-from fastnorm.layers import (
-    LazyInstanceNorm1d as LazyInstanceNorm1d,
-)
-from fastnorm.layers import (
-    LazyInstanceNorm2d as LazyInstanceNorm2d,
-)
-from fastnorm.layers import (
-    LazyInstanceNorm3d as LazyInstanceNorm3d,
-)
-from fastnorm.layers import (
-    LocalResponseNorm as LocalResponseNorm,
-)
-from fastnorm.layers import (
-    RMSNorm as RMSNorm,
-)
+from fastnorm.layers import BatchNorm1d as BatchNorm1d
+from fastnorm.layers import BatchNorm2d as BatchNorm2d
+from fastnorm.layers import BatchNorm3d as BatchNorm3d
+from fastnorm.layers import GroupNorm as GroupNorm
+from fastnorm.layers import InstanceNorm1d as InstanceNorm1d
+from fastnorm.layers import InstanceNorm2d as InstanceNorm2d
+from fastnorm.layers import InstanceNorm3d as InstanceNorm3d
+from fastnorm.layers import LayerNorm as LayerNorm
+from fastnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
+from fastnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
+from fastnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+from fastnorm.layers import LazyInstanceNorm1d as LazyInstanceNorm1d
+from fastnorm.layers import LazyInstanceNorm2d as LazyInstanceNorm2d
+from fastnorm.layers import LazyInstanceNorm3d as LazyInstanceNorm3d
+from fastnorm.layers import LocalResponseNorm as LocalResponseNorm
+from fastnorm.layers import RMSNorm as RMSNorm
 
 __version__: str
 

@@ -53,7 +53,9 @@ def check_threads(name, num_threads):
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
         raise TypeError(f"{name}: num_threads is {num_threads!r}, expected an int or None")
     if not 0 <= num_threads <= 1 << 16:
-        raise ValueError(f"{name}: num_threads is {num_threads}, expected 0 (all processors) or more")
+        raise ValueError(
+            f"{name}: num_threads is {num_threads}, expected 0 (all processors) or more"
+        )
     return int(num_threads)
 
 

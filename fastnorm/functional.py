@@ -134,8 +134,12 @@ def _check_writable(name, what, array, *others):
     if not array.flags.writeable:
         raise ValueError(f"{name}: {what} is read-only, expected a writable array")
     for other_name, other in others:
-        if other is not None and np.may_share_memory(array, other) and np.shares_memory(array, other):
-            raise ValueError(f"{name}: {what} shares memory with {other_name}, expected an array apart")
+        if other is None or not np.may_share_memory(array, other):
+            continue
+        if np.shares_memory(array, other):
+            raise ValueError(
+                f"{name}: {what} shares memory with {other_name}, expected an array apart"
+            )
 
 
 def _same_memory(a, b):
@@ -555,7 +559,7 @@ def _normalized_shape(name, x, normalized_shape):
             shape = tuple(int(size.__index__()) for size in normalized_shape)
     except (TypeError, AttributeError):
         raise TypeError(
-            f"{name}: normalized_shape is {normalized_shape!r}, expected an int or a sequence of ints"
+            f"{name}: normalized_shape is {normalized_shape!r}, expected an int or several"
         ) from None
     if not shape or x.shape[-len(shape):] != shape:
         raise ValueError(
@@ -567,7 +571,8 @@ def _normalized_shape(name, x, normalized_shape):
 
 def _check_trailing(name, x, shape, **parameters):
     for what, array in parameters.items():
-        _check_parameter(name, what, array, shape, f"normalized_shape, trailing axes of x {x.shape}")
+        why = f"normalized_shape, trailing axes of x {x.shape}"
+        _check_parameter(name, what, array, shape, why)
 
 
 def layer_norm(

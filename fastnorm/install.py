@@ -29,5 +29,6 @@ def version():
 
     text = Path(get_include(), "fastnorm.h").read_text(encoding="utf-8")
     return ".".join(
-        re.search(rf"FASTNORM_VERSION_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH")
+        re.search(rf"FASTNORM_VERSION_{part} (\d+)", text)[1]
+        for part in ("MAJOR", "MINOR", "PATCH")
     )

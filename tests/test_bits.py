@@ -63,7 +63,12 @@ print(backends.load("native").isa_name(), digest.hexdigest())
 def run(**environment):
     command = [sys.executable, "-c", SCRIPT.format(tests=os.path.dirname(__file__))]
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=True, timeout=300
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     return done.stdout.split()
 

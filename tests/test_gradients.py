@@ -31,8 +31,11 @@ def few_values(case):
 @pytest.mark.parametrize("weighted", [True, False], ids=["weight", "plain"])
 @pytest.mark.parametrize(
     "case",
-    [Case(c.norm, tuple(min(s, 6) for s in c.shape), c.groups, c.axes)
-     for c in CASES if np.prod(c.shape) < 400 and not few_values(c)],
+    [
+        Case(c.norm, tuple(min(s, 6) for s in c.shape), c.groups, c.axes)
+        for c in CASES
+        if np.prod(c.shape) < 400 and not few_values(c)
+    ],
     ids=str,
 )
 def test_central_differences(case, weighted):

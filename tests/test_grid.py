@@ -55,7 +55,9 @@ STRIDES = {
 }
 
 
-def check(case, layout, dtype, engine, threads, use_out, arrange=np.ascontiguousarray, weighted=True):
+def check(
+    case, layout, dtype, engine, threads, use_out, arrange=np.ascontiguousarray, weighted=True
+):
     x, dy, weight, bias = case.arrays(dtype, weighted=weighted)
     exact = case.exact(x, dy, weight, bias)
     common = {"backend": engine, "num_threads": threads}
@@ -69,8 +71,12 @@ def check(case, layout, dtype, engine, threads, use_out, arrange=np.ascontiguous
     gradients = case.backward(ldy, lx, stats, weight, out=dout, **common)
     assert not use_out or gradients.dx is dout
     found = {
-        "y": from_layout(y, layout), "mean": stats.mean, "var": stats.var, "rstd": stats.rstd,
-        "dx": from_layout(gradients.dx, layout), "dweight": gradients.dweight,
+        "y": from_layout(y, layout),
+        "mean": stats.mean,
+        "var": stats.var,
+        "rstd": stats.rstd,
+        "dx": from_layout(gradients.dx, layout),
+        "dweight": gradients.dweight,
         "dbias": gradients.dbias,
     }
     tolerance = TABLE[np.dtype(dtype)].tolerance
@@ -118,12 +124,16 @@ def test_strides(case, stride, engine):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("case", [c for c in small_cases() if len(c.shape) > 2 and c.by_channel], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in small_cases() if len(c.shape) > 2 and c.by_channel], ids=str
+)
 def test_memory_order_is_kept(case, dtype, engine):
     """A transposed view is computed as it lies: same values, same memory order as x."""
     x, dy, weight, bias = case.arrays(dtype)
     straight, stats = case.forward(x, weight, bias, return_stats=True, backend=engine)
-    other, other_stats = case.forward(moved_memory(x), weight, bias, return_stats=True, backend=engine)
+    other, other_stats = case.forward(
+        moved_memory(x), weight, bias, return_stats=True, backend=engine
+    )
     assert other.strides == moved_memory(x).strides
     np.testing.assert_allclose(other, straight, rtol=0, atol=1e-5)
     np.testing.assert_allclose(other_stats.var, stats.var, rtol=1e-6)
@@ -150,7 +160,9 @@ def test_in_place(case, engine):
         np.testing.assert_allclose(own, y, rtol=0, atol=2e-5)
         for which in ("dy", "x"):
             both = {"dy": arrange(dy.copy()), "x": arrange(x.copy())}
-            found = case.backward(both["dy"], both["x"], stats, weight, out=both[which], backend=engine)
+            found = case.backward(
+                both["dy"], both["x"], stats, weight, out=both[which], backend=engine
+            )
             assert found.dx is both[which]
             np.testing.assert_allclose(found.dx, dx, rtol=0, atol=2e-5)
 
@@ -170,16 +182,27 @@ def test_given_statistics(case, dtype, engine):
     for layout in layouts(case):
         for threads in THREADS:
             y, stats = fastnorm.batch_norm(
-                to_layout(x, layout), *running, weight, bias, layout=layout, return_stats=True,
-                backend=engine, num_threads=threads,
+                to_layout(x, layout),
+                *running,
+                weight,
+                bias,
+                layout=layout,
+                return_stats=True,
+                backend=engine,
+                num_threads=threads,
             )
             assert stats.given
             gradients = fastnorm.batch_norm_backward(
-                to_layout(dy, layout), to_layout(x, layout), stats, weight, layout=layout,
+                to_layout(dy, layout),
+                to_layout(x, layout),
+                stats,
+                weight,
+                layout=layout,
                 backend=engine,
             )
             pairs = (
-                (from_layout(y, layout), exact["y"]), (stats.rstd, exact["rstd"]),
+                (from_layout(y, layout), exact["y"]),
+                (stats.rstd, exact["rstd"]),
                 (from_layout(gradients.dx, layout), exact["dx"]),
                 (gradients.dweight, exact["dweight"]),
             )

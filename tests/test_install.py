@@ -31,8 +31,18 @@ def run(*command, **keywords):
 def build(source, output, *flags):
     library = Path(fastnorm.get_library())
     done = run(
-        CC, "-std=c99", *STRICT, source, "-o", output, f"-I{fastnorm.get_include()}", library,
-        f"-Wl,-rpath,{library.parent}", "-lm", "-lpthread", *flags,
+        CC,
+        "-std=c99",
+        *STRICT,
+        source,
+        "-o",
+        output,
+        f"-I{fastnorm.get_include()}",
+        library,
+        f"-Wl,-rpath,{library.parent}",
+        "-lm",
+        "-lpthread",
+        *flags,
     )
     assert done.returncode == 0, done.stderr
 
@@ -54,8 +64,14 @@ def test_header_compiles(compiler, standard, tmp_path):
     source = tmp_path / ("header.c" if compiler == "gcc" else "header.cc")
     source.write_text("#include <fastnorm.h>\nint main(void) { return FASTNORM_OK; }\n")
     done = run(
-        compiler, f"-std={standard}", *STRICT, f"-I{fastnorm.get_include()}", "-c", source,
-        "-o", tmp_path / "header.o",
+        compiler,
+        f"-std={standard}",
+        *STRICT,
+        f"-I{fastnorm.get_include()}",
+        "-c",
+        source,
+        "-o",
+        tmp_path / "header.o",
     )
     assert done.returncode == 0, done.stderr
 
@@ -143,7 +159,9 @@ def test_cifar10_loader(cifar):
     assert images.train_x.shape == (120, 3, 32, 32)
     assert images.test_x.dtype == np.float32
     assert -1 <= images.train_x.min() < images.train_x.max() <= 1
-    np.testing.assert_allclose((images.test_x[:, 0, 0, 0] + 1) * 127.5 / 25, images.test_y, atol=1e-5)
+    np.testing.assert_allclose(
+        (images.test_x[:, 0, 0, 0] + 1) * 127.5 / 25, images.test_y, atol=1e-5
+    )
 
 
 def test_demo(cifar, capsys):

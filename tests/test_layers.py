@@ -12,7 +12,10 @@ SHAPES = {"1d": (4, 3, 6), "2d": (4, 3, 6, 5), "3d": (4, 3, 2, 6, 5)}
 def pairs():
     for rank, shape in SHAPES.items():
         for settings in (
-            {}, {"affine": False}, {"momentum": None}, {"track_running_stats": False},
+            {},
+            {"affine": False},
+            {"momentum": None},
+            {"track_running_stats": False},
             {"momentum": 0.3, "eps": 1e-3},
         ):
             yield f"BatchNorm{rank}", (3,), settings, shape
@@ -38,7 +41,8 @@ def close(ours, theirs, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "settings", "shape"), list(pairs()),
+    ("name", "arguments", "settings", "shape"),
+    list(pairs()),
     ids=[f"{n}-{'x'.join(map(str, s))}-{'-'.join(k) or 'default'}" for n, _, k, s in pairs()],
 )
 def test_against_pytorch(name, arguments, settings, shape):
@@ -48,7 +52,8 @@ def test_against_pytorch(name, arguments, settings, shape):
     assert set(ours.state_dict()) == set(theirs.state_dict())
     random = {
         key: rng.uniform(0.5, 2, value.shape).astype(np.float32)
-        for key, value in theirs.state_dict().items() if key != "num_batches_tracked"
+        for key, value in theirs.state_dict().items()
+        if key != "num_batches_tracked"
     }
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in random.items()}, strict=False)
     ours.load_state_dict({k: v.numpy() for k, v in theirs.state_dict().items()})

@@ -19,7 +19,12 @@ def unlay(x, layout):
 
 def batch_norm(x, layout, engine, eps=1e-5, **common):
     y, stats = fastnorm.batch_norm(
-        lay(x, layout), training=True, eps=eps, layout=layout, return_stats=True, backend=engine,
+        lay(x, layout),
+        training=True,
+        eps=eps,
+        layout=layout,
+        return_stats=True,
+        backend=engine,
         **common,
     )
     return unlay(y, layout), stats
@@ -129,7 +134,7 @@ def test_nan_and_inf_stay_in_their_own_statistic(norm, bad, layout, engine):
     y, stats = run(dirty)
     y, clean = unlay(y, layout), unlay(clean, layout)
     hit = np.zeros(x.shape, bool)
-    hit[slice(None) if norm == "batch" else 1, 2:4 if norm == "group" else 3] = True
+    hit[slice(None) if norm == "batch" else 1, 2 : 4 if norm == "group" else 3] = True
     assert np.array_equal(y[~hit], clean[~hit])
     assert not np.any(np.isfinite(y[hit]))
     assert np.sum(~np.isfinite(stats.var)) == 1
@@ -142,7 +147,13 @@ def test_empty_batch(layout, engine):
     x = np.empty(shape, np.float32)
     running_mean, running_var = np.full(3, 7.0), np.full(3, 5.0)
     y, stats = fastnorm.batch_norm(
-        x, running_mean, running_var, training=True, layout=layout, return_stats=True, backend=engine
+        x,
+        running_mean,
+        running_var,
+        training=True,
+        layout=layout,
+        return_stats=True,
+        backend=engine,
     )
     assert y.shape == shape
     assert np.all(running_mean == 7)
@@ -178,8 +189,14 @@ def test_running_statistics(convention, layout, engine):
         mean, var = np.full(5, 0.5, dtype), np.full(5, 2.0, dtype)
         momentum = 0.1 if convention == "torch" else 0.9
         fastnorm.batch_norm(
-            lay(x, layout), mean, var, training=True, momentum=momentum, layout=layout,
-            backend=engine, convention=convention,
+            lay(x, layout),
+            mean,
+            var,
+            training=True,
+            momentum=momentum,
+            layout=layout,
+            backend=engine,
+            convention=convention,
         )
         ddof = 1 if convention == "torch" else 0
         wide = x.astype(float)

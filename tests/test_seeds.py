@@ -15,10 +15,15 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(1, 2, shape).astype(F)
 
 
-@pytest.mark.parametrize(("layer", "spatial"), [
-    (fastnorm.BatchNorm1d, ()), (fastnorm.BatchNorm1d, (3,)), (fastnorm.BatchNorm2d, (3, 2)),
-    (fastnorm.BatchNorm3d, (2, 3, 2)),
-])
+@pytest.mark.parametrize(
+    ("layer", "spatial"),
+    [
+        (fastnorm.BatchNorm1d, ()),
+        (fastnorm.BatchNorm1d, (3,)),
+        (fastnorm.BatchNorm2d, (3, 2)),
+        (fastnorm.BatchNorm3d, (2, 3, 2)),
+    ],
+)
 def test_initial_state_and_constant_maps(layer, spatial):
     """Maps of constant value 1..C, batch 3, momentum 0.1, two iterations."""
     bn = layer(4)
@@ -207,4 +212,6 @@ def test_blocks_in_a_network(block):
     np.testing.assert_allclose(
         ours[0].grad_weight, theirs[0].weight.grad.numpy(), rtol=0, atol=1e-4
     )
-    np.testing.assert_allclose(ours[1].grad_weight, theirs[1].weight.grad.numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        ours[1].grad_weight, theirs[1].weight.grad.numpy(), rtol=0, atol=1e-4
+    )

@@ -87,7 +87,9 @@ cdef inline int code(object array) noexcept:
     """fastnorm_dtype of an array of floats; 0 of None."""
     if array is None:
         return 0
-    return FASTNORM_FLOAT32 if cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.NPY_FLOAT32 else FASTNORM_FLOAT64
+    if cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.NPY_FLOAT32:
+        return FASTNORM_FLOAT32
+    return FASTNORM_FLOAT64
 
 
 cdef void load_geometry(fastnorm_geometry* into, geometry) except *:

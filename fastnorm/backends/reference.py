@@ -31,8 +31,22 @@ def _sets(geometry, x):
     return x.reshape(geometry).astype(np.float64)
 
 
-def forward(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
-            momentum, flags, num_threads):
+def forward(
+    geometry,
+    x,
+    y,
+    weight,
+    bias,
+    eps,
+    mean,
+    var,
+    rstd,
+    running_mean,
+    running_var,
+    momentum,
+    flags,
+    num_threads,
+):
     """y = (x - mean) / sqrt(var + eps) * weight + bias."""
     values = _sets(geometry, x)
     if x.size == 0:

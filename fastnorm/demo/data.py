@@ -22,7 +22,9 @@ def digits(seed=0):
 
     bunch = load_digits()
     x = (bunch.images[:, np.newaxis] / 8 - 1).astype(np.float32)
-    parts = train_test_split(x, bunch.target, test_size=0.2, random_state=seed, stratify=bunch.target)
+    parts = train_test_split(
+        x, bunch.target, test_size=0.2, random_state=seed, stratify=bunch.target
+    )
     train_x, test_x, train_y, test_y = parts
     return Images("handwritten digits, 8x8", train_x, train_y, test_x, test_y)
 
@@ -38,7 +40,9 @@ def cifar10(folder):
         folder = folder / "cifar-10-batches-py"
     train = sorted(folder.glob("data_batch_*"))
     if not train or not (folder / "test_batch").exists():
-        raise FileNotFoundError(f"{folder} holds no CIFAR-10 python batches (data_batch_1, test_batch)")
+        raise FileNotFoundError(
+            f"{folder} holds no CIFAR-10 python batches (data_batch_1, test_batch)"
+        )
     parts = [_batch(path) for path in train]
     train_x = np.concatenate([x for x, _ in parts])
     train_y = np.concatenate([y for _, y in parts])

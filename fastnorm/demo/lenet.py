@@ -101,15 +101,23 @@ def run(images, epochs=10, rate=0.01, batch=64, seed=0, plot="lenet5.png"):
     started = time.perf_counter()
     results = {}
     columns = (
-        TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
     )
     with Progress(*columns, console=console) as progress:
         for name, batch_norm in (("without batch norm", False), ("with batch norm", True)):
             steps = epochs * -(-len(images.train_x) // batch)
             task = progress.add_task(name, total=steps, loss=float("nan"))
             results[name] = train(
-                images, batch_norm, epochs, rate, batch, seed,
+                images,
+                batch_norm,
+                epochs,
+                rate,
+                batch,
+                seed,
                 lambda loss, task=task: progress.update(task, advance=1, loss=loss),
             )
             progress.update(task, completed=steps)

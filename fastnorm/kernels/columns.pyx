@@ -240,7 +240,8 @@ cdef void sample_columns(const plan* p, int64_t b) noexcept nogil:
         about[c] = <work> total if isfinite(total) and fabs(total) < 1e37 else <work> 0
 
 
-cdef void exact_column(const plan* p, int64_t b, int64_t column, double about, double* sums) noexcept nogil:
+cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
+                       double* sums) noexcept nogil:
     """Sums down one column in double."""
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x + b * t.o * p.channels + column

@@ -139,7 +139,8 @@ cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work a
 
 
 cdef inline void scale_chunk(const stored* x, stored* y, const work* weight, const work* bias,
-                             int64_t n, work hi, work scale, work shift, bint stream) noexcept nogil:
+                             int64_t n, work hi, work scale, work shift,
+                             bint stream) noexcept nogil:
     cdef work t[LANES]
     cdef int j
     load(x, n, hi, t)
@@ -431,12 +432,12 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
         at = b * size + g * t.k
         j = 0
         while j + LANES <= t.k:
-            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, LANES, weight + j, c,
-                                dweight + j, dweight + size + j, stream)
+            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, LANES, weight + j,
+                                c, dweight + j, dweight + size + j, stream)
             j += LANES
         if j < t.k:
-            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, t.k - j, weight + j,
-                                c, dweight + j, dweight + size + j, False)
+            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, t.k - j,
+                                weight + j, c, dweight + j, dweight + size + j, False)
         b += rows
     if stream:
         stream_end()
@@ -486,7 +487,7 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
 
 cdef void backward_split(plan* p) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef int64_t units = p.sets * ceil_div(t.k, p.channels) * p.tiles, set_, k, tile
+    cdef int64_t units = p.sets * ceil_div(t.k, p.channels) * p.tiles, set_, k, _tile
     cdef double* part = p.partial
     cdef double* over_set
     cdef double sums[2]
@@ -498,7 +499,7 @@ cdef void backward_split(plan* p) noexcept nogil:
         start_terms(t, set_, &c)
         for k in range(t.k):
             sums[0] = sums[1] = 0
-            for tile in range(p.tiles):
+            for _tile in range(p.tiles):
                 sums[0] += part[0]
                 sums[1] += part[1]
                 part += 2

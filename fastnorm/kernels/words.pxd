@@ -148,12 +148,12 @@ cdef inline void sum_runs(
     cdef work q[LANES]
     cdef double total_s[LANES]
     cdef double total_q[LANES]
-    cdef int64_t r, p, stop, steps = 0
+    cdef int64_t _r, p, stop, steps = 0
     cdef int j
     for j in range(LANES):
         s[j] = q[j] = 0
         total_s[j] = total_q[j] = 0
-    for r in range(runs):
+    for _r in range(runs):
         p = 0
         while p < n:
             stop = minimum(n, p + FLUSH * LANES)
@@ -184,11 +184,11 @@ cdef inline void sum_runs_exact(
     cdef double s[LANES]
     cdef double q[LANES]
     cdef double d
-    cdef int64_t r, p
+    cdef int64_t _r, p
     cdef int j
     for j in range(LANES):
         s[j] = q[j] = 0
-    for r in range(runs):
+    for _r in range(runs):
         p = 0
         while p + LANES <= n:
             for j in range(LANES):
