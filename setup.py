@@ -44,6 +44,7 @@ COMMON = [
 ]
 # Never fused multiply-adds, never -ffast-math: every level must give the same bits.
 MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+NUMPY_API = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 # Checks that raise would bring Python into the library.
 NO_PYTHON = {"language_level": 3, "cdivision": True, "boundscheck": False, "wraparound": False}
 INLINE = "-DCYTHON_INLINE=inline __attribute__((always_inline))"
@@ -145,8 +146,17 @@ setup(
                 include_dirs=["include", numpy.get_include()],
                 libraries=["fastnorm"],
                 runtime_library_dirs=["$ORIGIN/../lib"],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            )
+                define_macros=NUMPY_API,
+            ),
+            Extension(
+                "fastnorm.bench._floor",
+                ["fastnorm/bench/_floor.pyx", "fastnorm/bench/floor.c"],
+                include_dirs=["fastnorm/bench", numpy.get_include()],
+                extra_compile_args=["-O3", "-fopenmp"],
+                extra_link_args=["-fopenmp"],
+                define_macros=NUMPY_API,
+                optional=True,
+            ),
         ],
         build_dir="build/cython",
         language_level=3,

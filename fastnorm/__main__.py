@@ -23,6 +23,20 @@ def main(arguments=None):
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--plot", default="lenet5.png", help="PNG to save, or '' for none")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser(
+        "bench",
+        help="measure against PyTorch and others, in units of the memory floor",
+        description="Time over the memory floor for fastnorm and every peer that is installed.",
+    )
+    bench.add_argument("--quick", action="store_true", help="a few cells, under a minute")
+    bench.add_argument("--threads", type=_positive, default=2)
+    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument("--only", default="", metavar="TEXT", help="cells whose name holds TEXT")
+    bench.add_argument("--contenders", metavar="A,B", help="instead of all that are installed")
+    bench.add_argument("--seconds", type=float, help="for each cell")
+    bench.add_argument("--json", metavar="FILE", help="save the measurements")
+    bench.add_argument("--plot", metavar="FILE", help="save bars as PNG and SVG")
+    bench.set_defaults(run=_bench)
     commands.add_parser("explain", help="say which backend runs and why").set_defaults(run=_explain)
     chosen = parser.parse_args(arguments)
     return chosen.run(chosen)
@@ -48,6 +62,25 @@ def _demo(chosen):
         hint = "python -m pip install 'fastnorm[demo]'"
         print(f"fastnorm demo: {error}; install what it needs with: {hint}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _bench(chosen):
+    from fastnorm.bench import run
+
+    names = chosen.contenders.split(",") if chosen.contenders else None
+    try:
+        run.run(
+            chosen.quick, chosen.threads, names, chosen.only, chosen.seconds, chosen.dtype,
+            chosen.json, chosen.plot,
+        )
+    except ModuleNotFoundError as error:
+        hint = "python -m pip install 'fastnorm[bench]'"
+        print(f"fastnorm bench: {error}; install what it needs with: {hint}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"fastnorm {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,0 +1,67 @@
+"""The table of what is measured: one Cell for each operation, direction, layout and shape."""
+
+from dataclasses import dataclass
+from math import prod
+
+RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+DIFFUSION = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8), (1, 128, 512), (1, 512, 64))
+ROWS = ((4096, 768), (16384, 768), (8192, 1024), (2048, 4096), (1024, 8192), (65536, 96), (64, 768), (16, 4096))
+VOLUMES = ((2, 32, 64, 64, 64), (2, 320, 8, 8, 8))
+ODD = ((32, 3, 224, 224), (16, 17, 56, 56), (16, 100, 13, 13), (1, 96, 9, 11))
+TINY = (1, 64, 8, 8)
+QUICK = {(32, 64, 56, 56), (32, 512, 7, 7), (2, 320, 64, 64), (4096, 768), (16, 17, 56, 56), TINY}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operation on one shape, (N, C, *spatial) or (rows, columns).
+
+    op is batch, batch_eval, group, instance, layer or rms; layout is "" for rows.
+    """
+
+    op: str
+    backward: bool
+    layout: str
+    shape: tuple
+    groups: int = 0
+
+    def __str__(self):
+        name = self.op + (" backward" if self.backward else "")
+        return f"{name} {self.layout} {'x'.join(map(str, self.shape))}".replace("  ", " ")
+
+    @property
+    def family(self):
+        """What figures are averaged over."""
+        return f"{self.op}{' backward' if self.backward else ''}{' ' * bool(self.layout)}{self.layout}"
+
+    @property
+    def tiny(self):
+        return prod(self.shape) < 1 << 15
+
+    def bytes(self, itemsize):
+        """Of x."""
+        return prod(self.shape) * itemsize
+
+
+def cells(quick=False):
+    """Every cell, or with quick a few of each family."""
+    table = []
+
+    def add(ops, layouts, shapes, groups=0, backward=True):
+        for op in ops:
+            for back in (False, True)[: 1 + (backward and op != "batch_eval")]:
+                table.extend(
+                    Cell(op, back, layout, shape, groups) for layout in layouts for shape in shapes
+                )
+
+    images = ("NCHW", "NHWC")
+    batches = ("batch", "batch_eval")
+    add(batches, images, [(32, c, s, s) for c, s in RESNET])
+    add(batches, images, [(n, c, s, s) for n in (1, 8) for c, s in ((64, 56), (512, 7))])
+    add(batches, images, [*ODD, TINY])
+    add(("batch",), ("",), [(128, 1024), (4096, 256), (256, 4096)])
+    add(("group",), images, [(n, c, s, s) for n, c, s in DIFFUSION], 32)
+    add(("group",), images, [TINY, (2, 96, 17, 19)], 32)
+    add(("instance",), images, [*VOLUMES, (2, 320, 64, 64), (8, 17, 56, 56)])
+    add(("layer", "rms"), ("",), [*ROWS, (3000, 1000), (64, 64)])
+    return [c for c in table if c.shape in QUICK] if quick else table

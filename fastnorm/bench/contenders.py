@@ -1,0 +1,222 @@
+"""Who is measured. A contender is a function problem -> call, or None where it has no such
+operation; call() computes once and returns y (or dx) as a NumPy array of the problem's shape.
+
+Each gets its best setting: outputs reused where its interface allows, channels_last memory for
+NHWC in PyTorch, buffers donated by jit, and the number of threads of the run.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import fastnorm
+from fastnorm.bench.cells import Cell
+
+
+def aligned(shape, dtype):
+    """An uninitialised array that starts at a 64-byte boundary."""
+    dtype = np.dtype(dtype)
+    memory = np.empty(int(np.prod(shape)) * dtype.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : memory.size - 64 + start].view(dtype).reshape(shape)
+
+
+@dataclass
+class Problem:
+    """The arrays of a cell, in the cell's layout, and the number of threads."""
+
+    cell: Cell
+    threads: int
+    dtype: type = np.float32
+
+    def __post_init__(self):
+        cell, rng = self.cell, np.random.default_rng(0)
+        shape = cell.shape
+        if cell.layout == "NHWC":
+            shape = (shape[0], *shape[2:], shape[1])
+        self.x, self.dy = (aligned(shape, self.dtype) for _ in range(2))
+        self.x[...] = rng.normal(0.5, 2, shape)
+        self.dy[...] = rng.normal(0, 1, shape)
+        channels = cell.shape[1]
+        self.weight, self.bias, self.mean = rng.normal(1, 0.5, (3, channels)).astype(self.dtype)
+        self.var = rng.uniform(0.5, 2, channels).astype(self.dtype)
+        self.out = aligned(shape, self.dtype)
+        self.layout = cell.layout or "NCHW"
+        self.axis = -1 if self.layout == "NHWC" else 1
+        self.rows = cell.op in ("layer", "rms")
+
+    def first(self, array):
+        """A view with the channels at axis 1."""
+        return np.moveaxis(array, self.axis, 1)
+
+
+def native(problem, backend=None):
+    """fastnorm, with out= and statistics kept."""
+    p, cell = problem, problem.cell
+    common = {"out": p.out, "num_threads": p.threads, "backend": backend}
+    if not p.rows:
+        common["layout"] = p.layout
+    channels = cell.shape[1]
+    arguments = {
+        "batch": (None, None, p.weight, p.bias, True),
+        "batch_eval": (p.mean, p.var, p.weight, p.bias),
+        "group": (cell.groups, p.weight, p.bias),
+        "instance": (None, None, p.weight, p.bias),
+        "layer": (channels, p.weight, p.bias),
+        "rms": (channels, p.weight, 1e-5),
+    }[cell.op]
+    name = "batch_norm" if cell.op == "batch_eval" else f"{cell.op}_norm"
+    forward = getattr(fastnorm, name)
+    if not cell.backward:
+        return lambda: forward(p.x, *arguments, **common)
+    _, stats = forward(p.x, *arguments, **(common | {"out": None}), return_stats=True)
+    backward = getattr(fastnorm, f"{name}_backward")
+    extra = {"group": (cell.groups,), "layer": (channels,), "rms": (channels,)}.get(cell.op, ())
+    return lambda: backward(p.dy, p.x, stats, *extra, p.weight, **common).dx
+
+
+def _torch_forward(problem, torch):
+    """y = f(x, weight, bias) of torch.nn.functional."""
+    f, cell = torch.nn.functional, problem.cell
+    mean, var = torch.from_numpy(problem.mean), torch.from_numpy(problem.var)
+    channels = (cell.shape[1],)
+    return {
+        "batch": lambda x, w, b: f.batch_norm(x, None, None, w, b, True),
+        "batch_eval": lambda x, w, b: f.batch_norm(x, mean, var, w, b),
+        "group": lambda x, w, b: f.group_norm(x, cell.groups, w, b),
+        "instance": lambda x, w, b: f.instance_norm(x, weight=w, bias=b),
+        "layer": lambda x, w, b: f.layer_norm(x, channels, w, b),
+        "rms": lambda x, w, b: f.rms_norm(x, channels, w, 1e-5),
+    }[cell.op]
+
+
+def _torch_arrays(problem, torch):
+    x, dy = (
+        torch.from_numpy(a if problem.rows else problem.first(a)) for a in (problem.x, problem.dy)
+    )
+    return x, dy, torch.from_numpy(problem.weight), torch.from_numpy(problem.bias)
+
+
+def _from_torch(problem, tensor):
+    array = tensor.detach().numpy()
+    return array if problem.rows else np.moveaxis(array, 1, problem.axis)
+
+
+def pytorch(problem):
+    """Eager; a backward is the autograd node alone, on a graph that is kept."""
+    import torch
+
+    torch.set_num_threads(problem.threads)
+    forward = _torch_forward(problem, torch)
+    x, dy, weight, bias = _torch_arrays(problem, torch)
+    if not problem.cell.backward:
+
+        def call():
+            with torch.no_grad():
+                return _from_torch(problem, forward(x, weight, bias))
+
+        return call
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    y = forward(*leaves)
+    if problem.cell.op == "rms":
+        leaves = leaves[:2]
+
+    def call_backward():
+        return _from_torch(problem, torch.autograd.grad(y, leaves, dy, retain_graph=True)[0])
+
+    return call_backward
+
+
+def torch_compile(problem):
+    """Forwards only: a compiled backward cannot be called apart from its forward."""
+    if problem.cell.backward:
+        return None
+    import torch
+
+    torch.set_num_threads(problem.threads)
+    torch.compiler.reset()
+    forward = torch.compile(_torch_forward(problem, torch), dynamic=False)
+    x, _, weight, bias = _torch_arrays(problem, torch)
+
+    def call():
+        with torch.no_grad():
+            return _from_torch(problem, forward(x, weight, bias))
+
+    return call
+
+
+def _formula(problem, np_like):
+    """The forward as array expressions, for NumPy and JAX."""
+    p, cell = problem, problem.cell
+    ndim = p.x.ndim
+    axis = p.axis % ndim
+    along = [1] * ndim
+    along[axis] = -1
+
+    def standard(x, axes):
+        mean = x.mean(axes, keepdims=True)
+        centred = x - mean
+        var = (centred * centred).mean(axes, keepdims=True)
+        return centred / np_like.sqrt(var + 1e-5)
+
+    def spatial():
+        return tuple(a for a in range(1, ndim) if a != axis)
+
+    def forward(x, weight, bias):
+        if cell.op == "layer":
+            return standard(x, -1) * weight + bias
+        if cell.op == "rms":
+            return x / np_like.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+        weight, bias = weight.reshape(along), bias.reshape(along)
+        if cell.op == "batch_eval":
+            scale = weight / np_like.sqrt(p.var.reshape(along) + 1e-5)
+            return (x - p.mean.reshape(along)) * scale + bias
+        if cell.op == "batch":
+            return standard(x, (0, *spatial())) * weight + bias
+        if cell.op == "instance":
+            return standard(x, spatial()) * weight + bias
+        split = [*x.shape[:axis], cell.groups, -1, *x.shape[axis + 1 :]]
+        axes = tuple(a for a in range(1, ndim + 1) if a != axis)
+        return standard(x.reshape(split), axes).reshape(x.shape) * weight + bias
+
+    return forward
+
+
+def numpy_(problem):
+    """The formula as NumPy passes; forwards only."""
+    if problem.cell.backward:
+        return None
+    forward = _formula(problem, np)
+    return lambda: forward(problem.x, problem.weight, problem.bias)
+
+
+def jax_(problem):
+    """Jitted; the threads are those of the process's affinity."""
+    import jax
+
+    forward = _formula(problem, jax.numpy)
+    x, weight, bias, dy = map(jax.numpy.asarray, (problem.x, problem.weight, problem.bias, problem.dy))
+    if problem.cell.backward:
+        function = jax.jit(lambda x, w, b, dy: jax.vjp(forward, x, w, b)[1](dy))
+        return lambda: np.asarray(jax.block_until_ready(function(x, weight, bias, dy))[0])
+    function = jax.jit(forward)
+    return lambda: np.asarray(jax.block_until_ready(function(x, weight, bias)))
+
+
+def available(names=None, quick=False):
+    """{name: contender} of those that are installed, fastnorm first."""
+    from importlib.util import find_spec
+
+    known = {
+        "fastnorm": (native, "fastnorm"),
+        "PyTorch": (pytorch, "torch"),
+        "torch.compile": (torch_compile, "torch"),
+        "JAX": (jax_, "jax"),
+        "NumPy": (numpy_, "numpy"),
+    }
+    if names is None:
+        names = ("fastnorm", "PyTorch") if quick else known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"bench: unknown contenders {unknown}, expected some of {list(known)}")
+    return {name: known[name][0] for name in names if find_spec(known[name][1])}

@@ -1,0 +1,6 @@
+#ifndef FASTNORM_BENCH_FLOOR_H
+#define FASTNORM_BENCH_FLOOR_H
+#include <stdint.h>
+/* out = a, or a + b where b is not NULL; 64-byte aligned arrays of `bytes` bytes. */
+void floor_move(char *out, const char *a, const char *b, int64_t bytes, int stream, int threads);
+#endif
