@@ -19,6 +19,7 @@ import numpy as np
 from fastnorm.bench import cells as table
 from fastnorm.bench import contenders
 
+IDLE = 0.01  # seconds after which the waiting threads of the last contender have left the cores
 LARGE = 8 << 20  # bytes of x from which a cell counts as larger than the caches
 
 
@@ -45,11 +46,13 @@ def measure(calls, seconds):
         call()
         took = time_once(call, 1)
         repeats[name] = max(1, int(2e-4 / max(took, 1e-9)))
-        once += took * (repeats[name] + 1)
+        once += IDLE + took * (repeats[name] + 2)
     rounds = max(5, min(200, int(seconds / max(once, 1e-9))))
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(IDLE)
+            call()
             call()
             times[name].append(time_once(call, repeats[name]))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -12,15 +12,18 @@ Tiles depend on the geometry alone and are merged in their order: the bits never
 threads.
 """
 
+from libc.string cimport memcpy
+
 from fastnorm.kernels.words cimport *
 
 cdef enum:
-    CHUNK = 64  # columns summed in registers
-    NARROW = 16
+    CHUNK = 4  # vectors of columns summed in registers
+    MOST_WIDTH = 16  # of a vec
+    NARROW = 16  # the width of few columns becomes a multiple of this
+    WIDE = 64  # and at least this
     MAX_TILES = 32
     TILE = 32768  # values in a tile, at least
     RUN = 128  # values that a lane sums in the working type before it meets a double
-    SAMPLES = 8
 
 
 cdef struct plan:
@@ -42,7 +45,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.channels = t.g * t.k
     p.copies = 1
     if p.channels < 256:
-        while p.copies * p.channels % NARROW != 0 or p.copies * p.channels < CHUNK:
+        while p.copies * p.channels % NARROW != 0 or p.copies * p.channels < WIDE:
             p.copies += 1
         p.copies = minimum(p.copies, t.o)
     p.width = p.copies * p.channels
@@ -81,41 +84,45 @@ cdef inline int64_t count_of(const plan* p, int64_t column) noexcept nogil:
 
 
 cdef inline void sum_columns(
-    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about,
-    double* s, double* q, int width
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about, int64_t n,
+    double* s, double* q, int vectors
 ) noexcept nogil:
-    """s, q = sums down `width` columns (a constant, CHUNK at most), as in sum_runs."""
-    cdef work a[CHUNK]
-    cdef work c[CHUNK]
-    cdef work k[CHUNK]
-    cdef work d, e
-    cdef int64_t row = 0, stop
-    cdef int j
-    for j in range(width):
+    """s, q = sums as in sum_runs down n = vectors*WIDTH columns, or fewer in one vec."""
+    cdef vec a[CHUNK]
+    cdef vec c[CHUNK]
+    cdef vec k[CHUNK]
+    cdef vec d, e
+    cdef work part[MOST_WIDTH]
+    cdef int64_t row = 0, stop, j
+    cdef bint whole = n == vectors * WIDTH
+    cdef int v
+    for j in range(n):
         s[j] = q[j] = 0
-        k[j] = about[j]
+    for v in range(vectors):
+        k[v] = (load_work(about + v * WIDTH) if whole
+                else load_part(<const stored*> about, n, 0))
     while row < rows:
         stop = minimum(rows, row + RUN)
-        for j in range(width):
-            a[j] = c[j] = 0
+        for v in range(vectors):
+            a[v] = c[v] = splat(0)
         while row < stop:
-            if dy == NULL:
-                for j in range(width):
-                    d = widen(x[j]) - k[j]
-                    a[j] = a[j] + d
-                    c[j] = c[j] + d * d
-            else:
-                for j in range(width):
-                    d = widen(x[j]) - k[j]
-                    e = widen(dy[j])
-                    a[j] = a[j] + e
-                    c[j] = c[j] + e * d
-                dy += stride
+            for v in range(vectors):
+                d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
+                e = d
+                if dy != NULL:
+                    e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
+                a[v] = a[v] + e
+                c[v] = c[v] + e * d
             x += stride
+            dy = past(dy, stride)
             row += 1
-        for j in range(width):
-            s[j] = s[j] + <double> a[j]
-            q[j] = q[j] + <double> c[j]
+        for v in range(vectors):
+            memcpy(part, &a[v], sizeof(vec))
+            for j in range(minimum(n, WIDTH)):
+                s[v * WIDTH + j] += <double> part[j]
+            memcpy(part, &c[v], sizeof(vec))
+            for j in range(minimum(n, WIDTH)):
+                q[v * WIDTH + j] += <double> part[j]
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -128,21 +135,20 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef double* s = sums_of(p, b, tile)
     cdef double* q = s + p.width
     cdef double rest_s, rest_q
-    while c + CHUNK <= p.width:
-        sum_columns(x + c, past(dy, c), rows, p.width, about + c, s + c, q + c,
-                    CHUNK)
-        c += CHUNK
-    while c + NARROW <= p.width:
-        sum_columns(x + c, past(dy, c), rows, p.width, about + c, s + c, q + c,
-                    NARROW)
-        c += NARROW
+    while c + CHUNK * WIDTH <= p.width:
+        if dy == NULL:
+            sum_columns(x + c, NULL, rows, p.width, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+        else:
+            sum_columns(x + c, dy + c, rows, p.width, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+        c += CHUNK * WIDTH
     while c < p.width:
-        sum_columns(x + c, past(dy, c), rows, p.width, about + c, s + c, q + c, 1)
-        c += 1
+        sum_columns(x + c, past(dy, c), rows, p.width, about + c, minimum(WIDTH, p.width - c), s + c,
+                    q + c, 1)
+        c += WIDTH
     if tile == p.tiles - 1:
         for c in range(p.rest):
-            sum_columns(x + rows * p.width + c, past(dy, rows * p.width + c), 1, 0,
-                        about + c, &rest_s, &rest_q, 1)
+            sum_columns(x + rows * p.width + c, past(dy, rows * p.width + c), 1, 0, about + c, 1,
+                        &rest_s, &rest_q, 1)
             s[c] += rest_s
             q[c] += rest_q
 
@@ -161,44 +167,39 @@ cdef void merge_tiles(const plan* p, int64_t b) noexcept nogil:
 # ---- the map -----------------------------------------------------------------------------
 
 
-cdef inline void map_columns(
-    const stored* x, const stored* dy, stored* y, int64_t c, int64_t n, const work* hi,
-    const work* scale, const work* shift, const work* dscale, bint stream
-) noexcept nogil:
-    """One chunk of map_run with coefficients for each place."""
-    cdef work t[LANES]
-    cdef work u[LANES]
-    cdef int j
-    load(x + c, n, 0, t)
-    if dy != NULL:
-        load(dy + c, n, 0, u)
-        for j in range(LANES):
-            if j < n:
-                t[j] = (t[j] - hi[c + j]) * scale[c + j] + shift[c + j] + u[j] * dscale[c + j]
-    else:
-        for j in range(LANES):
-            if j < n:
-                t[j] = (t[j] - hi[c + j]) * scale[c + j] + shift[c + j]
-    store(y + c, n, t, stream)
-
-
 cdef inline void map_row(
     const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
-    const work* shift, const work* dscale, bint stream
+    const work* shift, const work* dscale, bint streaming
 ) noexcept nogil:
-    cdef int64_t c = 0
-    if stream:
-        c = minimum(n, until_aligned(y))
-        if c > 0:
-            map_columns(x, dy, y, 0, c, hi, scale, shift, dscale, False)
-        elif c < 0:
-            c = 0
-            stream = False
-    while c + LANES <= n:
-        map_columns(x, dy, y, c, LANES, hi, scale, shift, dscale, stream)
-        c += LANES
-    if c < n:
-        map_columns(x, dy, y, c, n - c, hi, scale, shift, dscale, False)
+    """map_run with coefficients for each place."""
+    cdef vec d = splat(0)
+    cdef vec none = splat(0)
+    cdef int64_t p = 0, part = head(y, n, &streaming)
+    while p < n:
+        if part == 0:
+            if dy == NULL:
+                while p + WIDTH <= n:
+                    put(y + p, mapped(load(x + p), d, load_work(hi + p), load_work(scale + p),
+                                      load_work(shift + p), none, False), streaming)
+                    p += WIDTH
+            else:
+                while p + WIDTH <= n:
+                    put(y + p, mapped(load(x + p), load(dy + p), load_work(hi + p),
+                                      load_work(scale + p), load_work(shift + p),
+                                      load_work(dscale + p), True), streaming)
+                    p += WIDTH
+            part = n - p
+        else:
+            part = minimum(part, WIDTH)
+            if dy != NULL:
+                d = load_part(dy + p, part, 0)
+                none = load_part(<const stored*> dscale + p, part, 0)
+            store_part(y + p, part, mapped(
+                load_part(x + p, part, 0), d, load_part(<const stored*> hi + p, part, 0),
+                load_part(<const stored*> scale + p, part, 0),
+                load_part(<const stored*> shift + p, part, 0), none, dy != NULL))
+            p += part
+            part = 0
 
 
 cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:

@@ -9,12 +9,15 @@ Sums are taken tile by tile and added in the order of the tiles. Tiles depend on
 alone; which thread takes which never changes a bit.
 """
 
+from libc.string cimport memcpy
+
 from fastnorm.kernels.words cimport *
 
 cdef enum:
     TILE = 65536  # values in a tile of a set
     FEW = 16  # sets, below which large ones are split
     BLOCK = 64  # sets in a block, at most
+    MOST_WIDTH = 16  # of a vec
     ROWS = 8  # rows whose dweight is summed in registers before it meets memory
 
 
@@ -138,35 +141,28 @@ cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work a
         t.rstd[set_] = rstd[0]
 
 
-cdef inline void scale_chunk(const stored* x, stored* y, const work* weight, const work* bias,
-                             int64_t n, work hi, work scale, work shift,
-                             bint stream) noexcept nogil:
-    cdef work t[LANES]
-    cdef int j
-    load(x, n, hi, t)
-    for j in range(LANES):
-        if j < n:
-            t[j] = ((t[j] - hi) * scale + shift) * weight[j] + bias[j]
-    store(y, n, t, stream)
-
-
 cdef inline void scale_elements(const stored* x, stored* y, const work* weight, const work* bias,
-                                int64_t n, work hi, work scale, work shift,
-                                bint stream) noexcept nogil:
+                                int64_t n, work hi_, work scale_, work shift_,
+                                bint streaming) noexcept nogil:
     """y = ((x - hi)*scale + shift)*weight + bias, a weight and a bias for each place."""
-    cdef int64_t p = 0
-    if stream:
-        p = minimum(n, until_aligned(y))
-        if p > 0:
-            scale_chunk(x, y, weight, bias, p, hi, scale, shift, False)
-        elif p < 0:
-            p = 0
-            stream = False
-    while p + LANES <= n:
-        scale_chunk(x + p, y + p, weight + p, bias + p, LANES, hi, scale, shift, stream)
-        p += LANES
-    if p < n:
-        scale_chunk(x + p, y + p, weight + p, bias + p, n - p, hi, scale, shift, False)
+    cdef vec hi = splat(hi_)
+    cdef vec scale = splat(scale_)
+    cdef vec shift = splat(shift_)
+    cdef int64_t p = 0, part = head(y, n, &streaming)
+    while p < n:
+        if part == 0:
+            while p + WIDTH <= n:
+                put(y + p, ((load(x + p) - hi) * scale + shift) * load_work(weight + p)
+                    + load_work(bias + p), streaming)
+                p += WIDTH
+            part = n - p
+        else:
+            part = minimum(part, WIDTH)
+            store_part(y + p, part, ((load_part(x + p, part, hi_) - hi) * scale + shift)
+                       * load_part(<const stored*> weight + p, part, 0)
+                       + load_part(<const stored*> bias + p, part, 0))
+            p += part
+            part = 0
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
@@ -287,6 +283,7 @@ cdef struct terms:
     work hi
     work scale
     work shift
+    work offset  # -lo*rstd
     double lo
     double rstd
 
@@ -296,6 +293,7 @@ cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept 
     c.hi = <work> mean
     c.lo = mean - <double> c.hi
     c.rstd = t.rstd[set_]
+    c.offset = <work> (-c.lo * c.rstd)
 
 
 cdef inline void finish_terms(const fn_task* t, double gy, double gyd, terms* c) noexcept nogil:
@@ -372,37 +370,37 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
 
 cdef inline void backward_rows_chunk(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const work* weight, const terms* c, double* dweight, double* dbias, bint stream
+    const work* weight, const terms* c, double* dweight, double* dbias, bint streaming
 ) noexcept nogil:
-    """LANES columns, or a tail of n, down at most ROWS rows."""
-    cdef work d[LANES]
-    cdef work u[LANES]
-    cdef work w[LANES]
-    cdef work sum_w[LANES]
-    cdef work sum_b[LANES]
-    cdef work rstd, shift
-    cdef int64_t r
-    cdef int j
-    for j in range(LANES):
-        sum_w[j] = sum_b[j] = w[j] = 0
-    for j in range(LANES):
-        if j < n:
-            w[j] = weight[j]
+    """One vec of columns, or a tail of n, down at most ROWS rows."""
+    cdef vec w, d, u, rstd
+    cdef vec sum_w = splat(0)
+    cdef vec sum_b = splat(0)
+    cdef work a[MOST_WIDTH]
+    cdef work b[MOST_WIDTH]
+    cdef int64_t r, j
+    w = load_work(weight) if n == WIDTH else load_part(<const stored*> weight, n, 0)
     for r in range(rows):
-        rstd = <work> c[r].rstd
-        shift = <work> (-c[r].lo * c[r].rstd)
-        load(x + r * stride, n, c[r].hi, d)
-        load(dy + r * stride, n, 0, u)
-        for j in range(LANES):
-            d[j] = d[j] - c[r].hi
-            sum_w[j] = sum_w[j] + u[j] * (d[j] * rstd + shift)
-            sum_b[j] = sum_b[j] + u[j]
-            d[j] = (d[j] * c[r].scale + c[r].shift) + u[j] * w[j] * rstd
-        store(y + r * stride, n, d, stream)
-    for j in range(LANES):
-        if j < n:
-            dweight[j] = dweight[j] + <double> sum_w[j]
-            dbias[j] = dbias[j] + <double> sum_b[j]
+        rstd = splat(<work> c[r].rstd)
+        if n == WIDTH:
+            d = load(x + r * stride)
+            u = load(dy + r * stride)
+        else:
+            d = load_part(x + r * stride, n, c[r].hi)
+            u = load_part(dy + r * stride, n, 0)
+        d = d - splat(c[r].hi)
+        sum_w = sum_w + u * (d * rstd + splat(c[r].offset))
+        sum_b = sum_b + u
+        d = d * splat(c[r].scale) + splat(c[r].shift) + u * w * rstd
+        if n == WIDTH:
+            put(y + r * stride, d, streaming)
+        else:
+            store_part(y + r * stride, n, d)
+    memcpy(a, &sum_w, sizeof(vec))
+    memcpy(b, &sum_b, sizeof(vec))
+    for j in range(n):
+        dweight[j] = dweight[j] + <double> a[j]
+        dbias[j] = dbias[j] + <double> b[j]
 
 
 cdef void backward_elements(void* context, int64_t index) noexcept nogil:
@@ -431,10 +429,10 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
             finish_terms(t, sums[0], sums[1], &c[r])
         at = b * size + g * t.k
         j = 0
-        while j + LANES <= t.k:
-            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, LANES, weight + j,
+        while j + WIDTH <= t.k:
+            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, WIDTH, weight + j,
                                 c, dweight + j, dweight + size + j, stream)
-            j += LANES
+            j += WIDTH
         if j < t.k:
             backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, t.k - j,
                                 weight + j, c, dweight + j, dweight + size + j, False)

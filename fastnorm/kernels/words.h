@@ -6,6 +6,8 @@
 #ifndef FASTNORM_WORDS_H
 #define FASTNORM_WORDS_H
 
+#include <string.h>
+
 #include "task.h"
 
 #if defined(__SSE2__)
@@ -25,31 +27,85 @@ typedef double work;
 #error "FN_DTYPE must be 32 or 64"
 #endif
 
+/* Lanes that a sum is spread over: fixed, so that every vector width gives the same bits. */
 #define FN_LANES 32
 
+#if defined(__AVX512F__)
+#define FN_VECTOR 64
+#elif defined(__AVX__)
+#define FN_VECTOR 32
+#else
+#define FN_VECTOR 16
+#endif
+
+/* One register of the working type. Arithmetic on it is the compiler's own. */
+typedef work vec __attribute__((vector_size(FN_VECTOR)));
+enum { WIDTH = FN_VECTOR / sizeof(work), VECTORS = FN_LANES / WIDTH };
+
 static inline work widen(stored v) { return (work)v; }
-static inline stored narrow(work v) { return (stored)v; }
 
 /* Further along an array that may not be there. */
 static inline const stored *past(const stored *x, int64_t n) { return x ? x + n : NULL; }
 static inline const work *past_weight(const work *x, int64_t n) { return x ? x + n : NULL; }
 
-/* y[0..LANES) = t, past the caches. y is aligned to 64 bytes. */
-static inline void stream_lanes(stored *y, const work *t)
+static inline vec splat(work value) { return value - (vec){0}; }
+
+static inline vec load_work(const work *x)
+{
+    vec v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+static inline vec load(const stored *x) { return load_work(x); }
+
+/* x[0..n), then `fill`; any n. Reads no byte behind x + n. */
+static inline vec load_part(const stored *x, int64_t n, work fill)
 {
 #if defined(__AVX512F__)
-    for (size_t at = 0; at < FN_LANES * sizeof(stored); at += 64)
-        _mm512_stream_si512((void *)((char *)y + at), _mm512_loadu_si512((const char *)t + at));
-#elif defined(__AVX__)
-    for (size_t at = 0; at < FN_LANES * sizeof(stored); at += 32)
-        _mm256_stream_si256((__m256i *)((char *)y + at),
-                            _mm256_loadu_si256((const __m256i *)((const char *)t + at)));
-#elif defined(__SSE2__)
-    for (size_t at = 0; at < FN_LANES * sizeof(stored); at += 16)
-        _mm_stream_si128((__m128i *)((char *)y + at),
-                         _mm_loadu_si128((const __m128i *)((const char *)t + at)));
+    uint32_t mask = n <= 0 ? 0 : n >= WIDTH ? ~0u : (1u << n) - 1;
+#if FN_DTYPE == 32
+    return (vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)mask, x);
 #else
-    for (int j = 0; j < FN_LANES; j++) y[j] = narrow(t[j]);
+    return (vec)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (__mmask8)mask, x);
+#endif
+#else
+    work t[WIDTH];
+    for (int j = 0; j < WIDTH; j++) t[j] = j < n ? widen(x[j]) : fill;
+    return load_work(t);
+#endif
+}
+
+static inline void store(stored *y, vec v) { memcpy(y, &v, sizeof v); }
+
+/* y[0..n) = v, n <= WIDTH. */
+static inline void store_part(stored *y, int64_t n, vec v)
+{
+#if defined(__AVX512F__)
+    uint32_t mask = n >= WIDTH ? ~0u : (1u << n) - 1;
+#if FN_DTYPE == 32
+    _mm512_mask_storeu_ps(y, (__mmask16)mask, (__m512)v);
+#else
+    _mm512_mask_storeu_pd(y, (__mmask8)mask, (__m512d)v);
+#endif
+#else
+    work t[WIDTH];
+    memcpy(t, &v, sizeof v);
+    for (int64_t j = 0; j < n; j++) y[j] = (stored)t[j];
+#endif
+}
+
+/* store past the caches; y is aligned to 64 bytes. */
+static inline void stream(stored *y, vec v)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_si512((void *)y, (__m512i)v);
+#elif defined(__AVX__)
+    _mm256_stream_si256((void *)y, (__m256i)v);
+#elif defined(__SSE2__)
+    _mm_stream_si128((void *)y, (__m128i)v);
+#else
+    store(y, v);
 #endif
 }
 
@@ -59,6 +115,14 @@ static inline void stream_end(void)
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
+}
+
+/* total = lanes, or total + lanes, in double. */
+static inline void flush_lanes(const vec *lanes, double *total, int add)
+{
+    work t[FN_LANES];
+    memcpy(t, lanes, sizeof t);
+    for (int j = 0; j < FN_LANES; j++) total[j] = add ? total[j] + (double)t[j] : (double)t[j];
 }
 
 /* Elements of y before its first 64-byte boundary; -1 where no element starts on one. */

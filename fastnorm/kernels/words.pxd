@@ -1,11 +1,9 @@
-"""Inlined words of the kernels: sums over a run, and a run scaled and stored.
+"""Inlined words of the kernels: sums over runs, and a run mapped and stored.
 
 Sums keep LANES partial sums in the working type, a fixed number, so that every vector width
 gives the same bits; after FLUSH steps the lanes are added to doubles, so that a lane never
-sums more than FLUSH values in the working type.
-
-Every word takes a chunk of LANES values into a local array, computes there and stores it:
-the compiler vectorises this without knowing whether input and output are the same array.
+sums more than 2*FLUSH values in the working type. A vec is one register; loops over VECTORS are
+unrolled, and arrays of that many stay in registers.
 """
 
 from libc.math cimport fabs, isfinite, sqrt
@@ -13,12 +11,22 @@ from libc.stdint cimport int64_t
 
 
 cdef extern from "words.h" nogil:
+    enum:
+        WIDTH  # values in a vec
+        VECTORS  # in LANES values
     ctypedef float stored
     ctypedef float work
+    ctypedef float vec
     work widen(stored v)
-    stored narrow(work v)
-    void stream_lanes(stored* y, const work* t)
+    vec splat(work value)
+    vec load(const stored* x)
+    vec load_work(const work* x)
+    vec load_part(const stored* x, int64_t n, work fill)
+    void store(stored* y, vec v)
+    void store_part(stored* y, int64_t n, vec v)
+    void stream(stored* y, vec v)
     void stream_end()
+    void flush_lanes(const vec* lanes, double* total, bint add)
     int64_t until_aligned(const stored* y)
     const stored* past(const stored* x, int64_t n)
     const work* past_weight(const work* x, int64_t n)
@@ -49,6 +57,7 @@ cdef extern from "words.h" nogil:
 cdef enum:
     LANES = 32  # FN_LANES
     FLUSH = 64
+    SAMPLES = 8
 
 
 cdef inline int64_t minimum(int64_t a, int64_t b) noexcept nogil:
@@ -75,63 +84,49 @@ cdef inline double fold_lanes(double* lanes) noexcept nogil:
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 
 
-cdef inline void load(const stored* x, int64_t n, work fill, work* t) noexcept nogil:
-    """t = x[0..n), then `fill` up to LANES. Reads no byte behind x + n."""
-    cdef int j
-    if n == LANES:
-        for j in range(LANES):
-            t[j] = widen(x[j])
+cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
+    if streaming:
+        stream(y, v)
     else:
-        for j in range(LANES):
-            t[j] = widen(x[j]) if j < n else fill
+        store(y, v)
 
 
-cdef inline void store(stored* y, int64_t n, const work* t, bint stream) noexcept nogil:
-    """y[0..n) = t."""
-    cdef int j
-    if n < LANES:
-        for j in range(LANES):
-            if j < n:
-                y[j] = narrow(t[j])
-    elif stream:
-        stream_lanes(y, t)
-    else:
-        for j in range(LANES):
-            y[j] = narrow(t[j])
+cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
+    """Values before y can be streamed; where it never can, 0, and streaming is off."""
+    cdef int64_t count = until_aligned(y) if streaming[0] else 0
+    if count < 0:
+        streaming[0] = False
+        return 0
+    return minimum(count, n)
 
 
 # ---- sums over runs ----------------------------------------------------------------------
 
 
-cdef inline void sum_chunk(
-    const stored* x, const stored* dy, const work* weight, int64_t n, work about, work* s, work* q
+cdef inline void sum_step(
+    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill, vec* s,
+    vec* q
 ) noexcept nogil:
-    cdef work d[LANES]
-    cdef work a[LANES]
-    cdef int j
-    load(x, n, about, d)
-    for j in range(LANES):
-        d[j] = d[j] - about
-    if dy != NULL:
-        load(dy, n, 0, a)
-        if weight != NULL:
-            for j in range(LANES):
-                if j < n:
-                    a[j] = a[j] * weight[j]
-        for j in range(LANES):
-            s[j] = s[j] + a[j]
-            q[j] = q[j] + a[j] * d[j]
-    else:
-        for j in range(LANES):
-            s[j] = s[j] + d[j]
-            q[j] = q[j] + d[j] * d[j]
-
-
-cdef inline void flush(work* a, double* into) noexcept nogil:
-    cdef int j
-    for j in range(LANES):
-        into[j] = into[j] + <double> a[j]
-        a[j] = 0
+    """LANES values; n of them where n is not LANES."""
+    cdef vec a, d
+    cdef int v
+    for v in range(VECTORS):
+        if n == LANES:
+            d = load(x + v * WIDTH) - about
+            a = d
+            if dy != NULL:
+                a = load(dy + v * WIDTH)
+                if weight != NULL:
+                    a = a * load_work(weight + v * WIDTH)
+        else:
+            d = load_part(x + v * WIDTH, n - v * WIDTH, fill) - about
+            a = d
+            if dy != NULL:
+                a = load_part(dy + v * WIDTH, n - v * WIDTH, 0)
+                if weight != NULL:
+                    a = a * load_part(<const stored*> weight + v * WIDTH, n - v * WIDTH, 0)
+        s[v] = s[v] + a
+        q[v] = q[v] + a * d
 
 
 cdef inline void sum_runs(
@@ -144,34 +139,38 @@ cdef inline void sum_runs(
         dy        and dy*d         where weight is NULL
         dy*weight and dy*weight*d  with one weight for each place in the run
     """
-    cdef work s[LANES]
-    cdef work q[LANES]
+    cdef vec s[VECTORS]
+    cdef vec q[VECTORS]
     cdef double total_s[LANES]
     cdef double total_q[LANES]
     cdef int64_t _r, p, stop, steps = 0
-    cdef int j
-    for j in range(LANES):
-        s[j] = q[j] = 0
-        total_s[j] = total_q[j] = 0
+    cdef bint flushed = False
+    cdef vec center = splat(about)
+    cdef int v
+    for v in range(VECTORS):
+        s[v] = q[v] = splat(0)
     for _r in range(runs):
         p = 0
         while p < n:
             stop = minimum(n, p + FLUSH * LANES)
-            steps += ceil_div(stop - p, LANES)
+            steps += (stop - p + LANES - 1) // LANES
             while p + LANES <= stop:
-                sum_chunk(x + p, past(dy, p), past_weight(weight, p), LANES, about, s, q)
+                sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, center, about, s, q)
                 p += LANES
             if p < stop:
-                sum_chunk(x + p, past(dy, p), past_weight(weight, p), stop - p, about, s, q)
+                sum_step(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, s, q)
                 p = stop
             if steps >= FLUSH:
-                flush(s, total_s)
-                flush(q, total_q)
+                flush_lanes(s, total_s, flushed)
+                flush_lanes(q, total_q, flushed)
+                for v in range(VECTORS):
+                    s[v] = q[v] = splat(0)
+                flushed = True
                 steps = 0
         x += stride
         dy = past(dy, stride)
-    flush(s, total_s)
-    flush(q, total_q)
+    flush_lanes(s, total_s, flushed)
+    flush_lanes(q, total_q, flushed)
     sums[0] += fold_lanes(total_s)
     sums[1] += fold_lanes(total_q)
 
@@ -208,42 +207,42 @@ cdef inline void sum_runs_exact(
 # ---- one run, mapped ---------------------------------------------------------------------
 
 
-cdef inline void map_chunk(
-    const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
-    work dscale, bint stream
-) noexcept nogil:
-    cdef work t[LANES]
-    cdef work u[LANES]
-    cdef int j
-    load(x, n, hi, t)
-    for j in range(LANES):
-        t[j] = (t[j] - hi) * scale + shift
-    if dy != NULL:
-        load(dy, n, 0, u)
-        for j in range(LANES):
-            t[j] = t[j] + u[j] * dscale
-    store(y, n, t, stream)
+cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale,
+                       bint with_dy) noexcept nogil:
+    cdef vec y = (x - hi) * scale + shift
+    if with_dy:
+        y = y + dy * dscale
+    return y
 
 
 cdef inline void map_run(
-    const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
-    work dscale, bint stream
+    const stored* x, const stored* dy, stored* y, int64_t n, work hi_, work scale_, work shift_,
+    work dscale_, bint streaming
 ) noexcept nogil:
     """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL."""
-    cdef int64_t p = 0
-    if stream:
-        p = minimum(n, until_aligned(y))
-        if p > 0:
-            map_chunk(x, dy, y, p, hi, scale, shift, dscale, False)
-        elif p < 0:
-            p = 0
-            stream = False
-    while p + LANES <= n:
-        map_chunk(x + p, past(dy, p), y + p, LANES, hi, scale, shift, dscale, stream)
-        p += LANES
-    if p < n:
-        map_chunk(x + p, past(dy, p), y + p, n - p, hi, scale, shift, dscale,
-                  False)
+    cdef vec hi = splat(hi_)
+    cdef vec scale = splat(scale_)
+    cdef vec shift = splat(shift_)
+    cdef vec dscale = splat(dscale_)
+    cdef vec d = hi
+    cdef bint with_dy = dy != NULL
+    cdef int64_t p = 0, part = head(y, n, &streaming)
+    while p < n:
+        if part == 0:
+            while p + WIDTH <= n:
+                if with_dy:
+                    d = load(dy + p)
+                put(y + p, mapped(load(x + p), d, hi, scale, shift, dscale, with_dy), streaming)
+                p += WIDTH
+            part = n - p
+        else:
+            part = minimum(part, WIDTH)
+            if with_dy:
+                d = load_part(dy + p, part, 0)
+            store_part(y + p, part,
+                       mapped(load_part(x + p, part, hi_), d, hi, scale, shift, dscale, with_dy))
+            p += part
+            part = 0
 
 
 # ---- from sums to statistics -------------------------------------------------------------
@@ -258,12 +257,11 @@ cdef inline bint cancels(double s, double q, double count) noexcept nogil:
 cdef inline work spread_sample(
     const stored* x, int64_t runs, int64_t stride, int64_t n
 ) noexcept nogil:
-    """A value near the mean: the average of 16 values spread over the runs, exactly the
+    """A value near the mean: the average of SAMPLES values spread over the runs, exactly the
     constant for a constant input."""
-    cdef int64_t j, at, count = minimum(16, runs * n)
     cdef double total = 0, first = <double> widen(x[0])
-    for j in range(count):
-        at = j * (runs * n) // count
-        total += <double> widen(x[(at // n) * stride + at % n]) - first
-    first += total / <double> count
+    cdef int j
+    for j in range(1, SAMPLES):
+        total += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
+    first += total / SAMPLES
     return <work> first if isfinite(first) and fabs(first) < 1e37 else <work> 0
