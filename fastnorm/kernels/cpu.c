@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(_WIN32)
+#if defined(FASTNORM_X86_LEVELS)
+#include <cpuid.h>
+#elif !defined(_WIN32)
 #include <unistd.h>
 #endif
 
@@ -40,6 +42,33 @@ static int best = FIRST_LEVEL;    /* the same, or the lower one that FASTNORM_IS
 static int64_t l2_bytes = 512 << 10;
 static int64_t last_level_bytes = 8 << 20;
 
+#if defined(FASTNORM_X86_LEVELS)
+/* Bytes of the data cache of a level, 0 where cpuid does not say. sysconf answers from the same
+ * instruction, but glibc 2.36 multiplies the third level by cores that a virtual machine does
+ * not have. */
+static int64_t cache_bytes(unsigned level)
+{
+    unsigned a, b, c, d, leaf = 4;
+    if (__get_cpuid(0x80000000u, &a, &b, &c, &d) && a >= 0x8000001du &&
+        __get_cpuid_count(0x8000001du, 0, &a, &b, &c, &d) && (a & 31) != 0)
+        leaf = 0x8000001du; /* AMD's twin of leaf 4 */
+    for (unsigned index = 0; __get_cpuid_count(leaf, index, &a, &b, &c, &d) && (a & 31); index++)
+        if ((a & 31) != 2 && (a >> 5 & 7) == level)
+            return ((int64_t)(b >> 22) + 1) * ((b >> 12 & 1023) + 1) * ((b & 4095) + 1) *
+                   ((int64_t)c + 1);
+    return 0;
+}
+#else
+static int64_t cache_bytes(unsigned level)
+{
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    return sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+#else
+    return level * 0;
+#endif
+}
+#endif
+
 static int64_t from_environment(const char *name, int64_t otherwise)
 {
     const char *text = getenv(name);
@@ -63,10 +92,8 @@ __attribute__((constructor)) static void look_at_processor(void)
     for (int level = FASTNORM_ISA_V2; wanted && level < highest; level++)
         if (strcmp(wanted, names[level - FIRST_LEVEL]) == 0) best = level;
 #endif
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    if (sysconf(_SC_LEVEL2_CACHE_SIZE) > 0) l2_bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (sysconf(_SC_LEVEL3_CACHE_SIZE) > 0) last_level_bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
+    if (cache_bytes(2) > 0) l2_bytes = cache_bytes(2);
+    if (cache_bytes(3) > 0) last_level_bytes = cache_bytes(3);
     l2_bytes = from_environment("FASTNORM_L2_BYTES", l2_bytes);
     last_level_bytes = from_environment("FASTNORM_LAST_LEVEL_BYTES", last_level_bytes);
 }
