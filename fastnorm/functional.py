@@ -101,32 +101,54 @@ def _check_number(name, what, value):
     raise ValueError(f"{name}: {what} is {value!r}, expected a finite number")
 
 
-def _check_parameter(name, what, array, shape, why):
-    """weight, bias or a running statistic; None stays None."""
-    if array is None:
-        return
+def _is_parameter(array, shape):
+    return isinstance(array, np.ndarray) and array.shape == shape and array.dtype in TABLE
+
+
+def _refuse_parameter(name, what, array, shape, why):
+    """Say what is wrong with a weight, bias or running statistic."""
     if not isinstance(array, np.ndarray):
         raise TypeError(
             f"{name}: {what} is a {type(array).__name__}, expected a numpy.ndarray or None"
         )
     if array.dtype not in TABLE:
         raise TypeError(f"{name}: {what} has dtype {array.dtype}, expected {DTYPE_NAMES}")
-    if array.shape != shape:
-        raise ValueError(f"{name}: {what} has shape {array.shape}, expected {shape} = {why}")
+    raise ValueError(f"{name}: {what} has shape {array.shape}, expected {shape} = {why}")
 
 
 def _check_channels(name, x, layout, first, **parameters):
     """Every parameter has one value for each channel of x."""
     channels = x.shape[geometry.channel_axis(first)]
+    shape = (channels,)
     for what, array in parameters.items():
-        if array is None:
+        if array is None or _is_parameter(array, shape):
             continue
         why = f"channels of x {x.shape} with layout={layout!r}"
-        other = x.shape[geometry.channel_axis(not first)]
-        if getattr(array, "shape", None) == (other,) != (channels,):
+        if getattr(array, "shape", None) == (x.shape[geometry.channel_axis(not first)],):
             why += f"; did you mean layout={'NHWC' if first else 'NCHW'!r}?"
-        _check_parameter(name, what, array, (channels,), why)
+        _refuse_parameter(name, what, array, shape, why)
     return channels
+
+
+def _check_trailing(name, x, shape, **parameters):
+    """Every parameter has one value for each place of the trailing axes."""
+    for what, array in parameters.items():
+        if array is not None and not _is_parameter(array, shape):
+            why = f"normalized_shape, trailing axes of x {x.shape}"
+            _refuse_parameter(name, what, array, shape, why)
+
+
+def _apart(a, b):
+    """Whether two arrays share no memory; quickly where each owns its own."""
+    if a.base is None and b.base is None:
+        return a is not b
+    return not np.may_share_memory(a, b) or not np.shares_memory(a, b)
+
+
+def _same_memory(a, b):
+    return a is b or (
+        a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides
+    )
 
 
 def _check_writable(name, what, array, *others):
@@ -134,18 +156,10 @@ def _check_writable(name, what, array, *others):
     if not array.flags.writeable:
         raise ValueError(f"{name}: {what} is read-only, expected a writable array")
     for other_name, other in others:
-        if other is None or not np.may_share_memory(array, other):
-            continue
-        if np.shares_memory(array, other):
+        if other is not None and not _apart(array, other):
             raise ValueError(
                 f"{name}: {what} shares memory with {other_name}, expected an array apart"
             )
-
-
-def _same_memory(a, b):
-    return a is b or (
-        a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides
-    )
 
 
 def check_out(name, out, x, same, others=()):
@@ -157,19 +171,24 @@ def check_out(name, out, x, same, others=()):
             f"{name}: out has shape {out.shape} and dtype {out.dtype}, expected those of x,"
             f" {x.shape} and {x.dtype}"
         )
-    if out.size > 1 and 0 in out.strides:
+    if not out.flags.c_contiguous and out.size > 1 and 0 in out.strides:
         raise ValueError(f"{name}: out has strides {out.strides}: several elements share memory")
-    apart = [(n, a) for n, a in same if not _same_memory(out, a)]
-    _check_writable(name, "out", out, *apart, *others)
+    _check_writable(name, "out", out, *others)
+    for other_name, other in same:
+        if not _apart(out, other) and not _same_memory(out, other):
+            raise ValueError(f"{name}: out shares memory with {other_name}, expected all or none")
 
 
 def _in_one_type(*parameters):
     """The parameters as C-contiguous arrays of one dtype: float64 where they differ."""
-    given = [p for p in parameters if p is not None]
-    dtypes = {p.dtype for p in given}
-    if len(dtypes) <= 1 and all(p.flags.c_contiguous for p in given):
+    dtype = None
+    ready = True
+    for parameter in parameters:
+        if parameter is not None:
+            ready = ready and parameter.flags.c_contiguous and dtype in (None, parameter.dtype)
+            dtype = parameter.dtype if dtype in (None, parameter.dtype) else np.dtype(np.float64)
+    if ready:
         return parameters
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float64)
     return tuple(None if p is None else np.ascontiguousarray(p, dtype) for p in parameters)
 
 
@@ -567,12 +586,6 @@ def _normalized_shape(name, x, normalized_shape):
         )
     ndim = len(shape)
     return shape, x.shape[:-ndim], lambda view_shape, _: geometry.rows(view_shape, ndim)
-
-
-def _check_trailing(name, x, shape, **parameters):
-    for what, array in parameters.items():
-        why = f"normalized_shape, trailing axes of x {x.shape}"
-        _check_parameter(name, what, array, shape, why)
 
 
 def layer_norm(
