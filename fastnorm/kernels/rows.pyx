@@ -16,8 +16,9 @@ from fastnorm.kernels.words cimport *
 cdef enum:
     TILE = 65536  # values in a tile of a set
     FEW = 16  # sets, below which large ones are split
-    BLOCK = 64  # sets in a block, at most
+    BLOCK = 64
     MOST_WIDTH = 16  # of a vec
+    SHORT = 1024  # values in a run, below which the next one is not foreseen
     ROWS = 8  # rows whose dweight is summed in registers before it meets memory
 
 
@@ -31,7 +32,7 @@ cdef struct plan:
     int64_t tile_runs  # runs in a tile, where they are shorter
     int64_t tiles  # in a set (in a backward: in a channel)
     int64_t block  # neighbouring sets in a unit of work
-    int64_t group  # of them whose sums are taken before the first is mapped
+    int64_t group  # of them whose sums are taken before the first is mapped, at most BLOCK
     int64_t blocks
     int64_t channels  # of a set in a unit of work of a split backward
     int64_t b_tiles  # parts of b that sum dweight each for themselves
@@ -54,8 +55,9 @@ cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         p.block = maximum(1, TILE // 4 // (t.k * t.i))
         p.group = 1
     else:
-        p.block = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 // 2 // bytes))
-        p.group = p.block
+        # Half the cache for what is under way, half for what map_run asks for.
+        p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
+        p.block = maximum(1, t.g // (8 * maximum(1, t.threads)) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     p.b_tiles = minimum(t.b, minimum(32, maximum(4, (1 << 16) // (t.g * t.k))))
     p.partial = <double*> t.scratch
@@ -71,6 +73,14 @@ cdef inline void tile_bounds(const plan* p, int64_t tile, int64_t* r0, int64_t* 
 
 cdef inline int64_t set_start(const fn_task* t, int64_t set_) noexcept nogil:
     return (set_ // t.g * t.o * t.g + set_ % t.g) * t.k * t.i
+
+
+cdef inline int64_t look_ahead(const plan* p, bint more) noexcept nogil:
+    """Places from a group of sets to the next, where it is worth asking for them early: where
+    they come from memory, or in runs too short for the processor to see them coming."""
+    if more and (p.task.stream or (p.task.o > 1 and p.n < SHORT)):
+        return p.group * p.task.k * p.task.i
+    return 0
 
 
 cdef inline bint few_and_large(const plan* p) noexcept nogil:
@@ -142,8 +152,8 @@ cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work a
 
 
 cdef inline void scale_elements(const stored* x, stored* y, const work* weight, const work* bias,
-                                int64_t n, work hi_, work scale_, work shift_,
-                                bint streaming) noexcept nogil:
+                                int64_t n, work hi_, work scale_, work shift_, bint streaming,
+                                int64_t ahead) noexcept nogil:
     """y = ((x - hi)*scale + shift)*weight + bias, a weight and a bias for each place."""
     cdef vec hi = splat(hi_)
     cdef vec scale = splat(scale_)
@@ -152,6 +162,8 @@ cdef inline void scale_elements(const stored* x, stored* y, const work* weight, 
     while p < n:
         if part == 0:
             while p + WIDTH <= n:
+                if ahead:
+                    fetch(x + p + ahead)
                 put(y + p, ((load(x + p) - hi) * scale + shift) * load_work(weight + p)
                     + load_work(bias + p), streaming)
                 p += WIDTH
@@ -166,7 +178,7 @@ cdef inline void scale_elements(const stored* x, stored* y, const work* weight, 
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
-                           double mean, double rstd) noexcept nogil:
+                           double mean, double rstd, int64_t ahead) noexcept nogil:
     """Normalize the places [p0, p1) of run r of a set."""
     cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop
     cdef int64_t channel = set_ % t.g * t.k
@@ -178,15 +190,52 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
     cdef double lo = mean - <double> hi, scale
     if t.i == 1:
         scale_elements(x + p0, y + p0, weight + p0, bias + p0, p1 - p0, hi, <work> rstd,
-                       <work> (-lo * rstd), t.stream)
+                       <work> (-lo * rstd), t.stream, ahead)
         return
     while at < p1:
         channel = at // t.i
         stop = minimum(p1, (channel + 1) * t.i)
         scale = rstd * <double> weight[channel]
         map_run(x + at, NULL, y + at, stop - at, hi, <work> scale,
-                <work> (<double> bias[channel] - lo * scale), 0, t.stream)
+                <work> (<double> bias[channel] - lo * scale), 0, t.stream, ahead)
         at = stop
+
+
+cdef inline void fetch_group(const plan* p, const void* x, int64_t first, int64_t sets) noexcept nogil:
+    """Ask for a group in memory order, where its sets alone would be read in short runs."""
+    if p.task.o > 1 and p.n < SHORT:
+        fetch_runs(<const stored*> x + set_start(p.task, first), p.task.o, p.stride,
+                   sets * p.task.k * p.task.i)
+
+
+cdef struct affine:
+    work hi
+    work scale
+    work shift
+
+
+cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const double* mean,
+                           const double* rstd, int64_t ahead) noexcept nogil:
+    """map_piece for neighbouring sets of one channel each, in memory order."""
+    cdef const fn_task* t = p.task
+    cdef affine c[BLOCK]
+    cdef int64_t s, r, at = set_start(t, first)
+    cdef const stored* x
+    cdef stored* y
+    cdef double scale
+    for s in range(sets):
+        c[s].hi = <work> mean[s]
+        scale = rstd[s] * <double> (<const work*> t.weight)[(first + s) % t.g]
+        c[s].scale = <work> scale
+        c[s].shift = <work> (<double> (<const work*> t.bias)[(first + s) % t.g]
+                             - (mean[s] - <double> c[s].hi) * scale)
+    for r in range(t.o):
+        x = <const stored*> t.x + at + r * p.stride
+        y = <stored*> t.y + at + r * p.stride
+        for s in range(sets):
+            map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
+            x += p.n
+            y += p.n
 
 
 cdef void forward_block(void* context, int64_t index) noexcept nogil:
@@ -196,11 +245,13 @@ cdef void forward_block(void* context, int64_t index) noexcept nogil:
     cdef double rstd[BLOCK]
     cdef double sums[2]
     cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), stop
-    cdef int64_t set_, tile, r
+    cdef int64_t set_, tile, r, ahead
     cdef const stored* x
     cdef work about
+    fetch_group(p, t.x, first, minimum(p.group, end - first))
     while first < end:
         stop = minimum(end, first + p.group)
+        ahead = look_ahead(p, stop < end)
         for set_ in range(first, stop):
             x = <const stored*> t.x + set_start(t, set_)
             about = sample(p, x)
@@ -208,9 +259,14 @@ cdef void forward_block(void* context, int64_t index) noexcept nogil:
             for tile in range(p.tiles):
                 sum_tile(p, x, about, tile, sums)
             finish_set(p, set_, x, about, sums, &mean[set_ - first], &rstd[set_ - first])
+        if t.k == 1 and t.i > 1 and (t.o == 1 or t.b == 1):
+            map_group(p, first, stop - first, mean, rstd, ahead)
+            first = stop
+            continue
         for r in range(t.o):
             for set_ in range(first, stop):
-                map_piece(t, set_, r, 0, p.n, mean[set_ - first], rstd[set_ - first])
+                map_piece(t, set_, r, 0, p.n, mean[set_ - first], rstd[set_ - first],
+                          ahead)
         first = stop
     if t.stream:
         stream_end()
@@ -232,7 +288,7 @@ cdef void forward_tile_map(void* context, int64_t index) noexcept nogil:
     tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
         map_piece(p.task, set_, r, p0, p1, p.partial[2 * (p.sets * p.tiles + set_)],
-                  p.partial[2 * (p.sets * p.tiles + set_) + 1])
+                  p.partial[2 * (p.sets * p.tiles + set_) + 1], 0)
     if p.task.stream:
         stream_end()
 
@@ -244,7 +300,7 @@ cdef void given_tile(void* context, int64_t index) noexcept nogil:
     cdef int64_t p0 = index % p.pieces * p.piece, first = index // p.pieces * p.tile_runs, run
     for run in range(first, minimum(t.o * t.g, first + p.tile_runs)):
         map_piece(t, run % t.g, run // t.g, p0, minimum(p.n, p0 + p.piece), t.mean[run % t.g],
-                  p.partial[run % t.g])
+                  p.partial[run % t.g], 0)
     if t.stream:
         stream_end()
 
@@ -316,13 +372,14 @@ cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t til
              p1 - p0, hi, sums)
 
 
-cdef inline void map_channel(const plan* p, int64_t set_, int64_t k, int64_t r, int64_t p0,
-                             int64_t p1, const terms* c) noexcept nogil:
+cdef inline void map_channel(const plan* p, int64_t start, int64_t channel, int64_t p0, int64_t p1,
+                             const terms* c, int64_t ahead) noexcept nogil:
+    """Places [p0, p1) of the run at `start`, of one channel."""
     cdef const fn_task* t = p.task
-    cdef int64_t at = set_start(t, set_) + k * t.i + r * p.stride + p0
-    cdef work weight = (<const work*> t.weight)[set_ % t.g * t.k + k]
+    cdef int64_t at = start + p0
+    cdef work weight = (<const work*> t.weight)[channel]
     map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0, c.hi,
-            c.scale, c.shift, <work> (c.rstd * <double> weight), t.stream)
+            c.scale, c.shift, <work> (c.rstd * <double> weight), t.stream, ahead)
 
 
 cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const double* sums,
@@ -343,13 +400,17 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
     cdef terms c[BLOCK]
     cdef double sums[2]
     cdef double over_set[2]
-    cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, k, tile, r
+    cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, k, _k, tile, r
+    cdef int64_t start, channel, ahead
     cdef double* dweight = p.partial + 2 * b_tile * t.g * t.k
     for b in range(b_tile * t.b // p.b_tiles, (b_tile + 1) * t.b // p.b_tiles):
         set_ = b * t.g + index % p.blocks * p.block
         end = minimum((b + 1) * t.g, set_ + p.block)
+        fetch_group(p, t.x, set_, minimum(p.group, end - set_))
+        fetch_group(p, t.dy, set_, minimum(p.group, end - set_))
         while set_ < end:
             stop = minimum(end, set_ + p.group)
+            ahead = look_ahead(p, stop < end)
             for s in range(set_, stop):
                 start_terms(t, s, &c[s - set_])
                 over_set[0] = over_set[1] = 0
@@ -360,9 +421,13 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
                     add_channel(p, s, k, sums, &c[s - set_], dweight, dweight + t.g * t.k, over_set)
                 finish_terms(t, over_set[0], over_set[1], &c[s - set_])
             for r in range(t.o):
+                start = set_start(t, set_) + r * p.stride
+                channel = set_ % t.g * t.k
                 for s in range(set_, stop):
-                    for k in range(t.k):
-                        map_channel(p, s, k, r, 0, p.n, &c[s - set_])
+                    for _k in range(t.k):
+                        map_channel(p, start, channel, 0, p.n, &c[s - set_], ahead)
+                        start += t.i
+                        channel += 1
             set_ = stop
     if t.stream:
         stream_end()
@@ -478,7 +543,8 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
         for k in range(k0, k1):
-            map_channel(p, set_, k, r, p0, p1, &c)
+            map_channel(p, set_start(t, set_) + k * t.i + r * p.stride, set_ % t.g * t.k + k, p0,
+                        p1, &c, 0)
     if t.stream:
         stream_end()
 

@@ -109,6 +109,9 @@ static inline void stream(stored *y, vec v)
 #endif
 }
 
+/* Ask for a line that is needed soon, in the second-level cache. Any address may be asked for. */
+static inline void fetch(const stored *x) { __builtin_prefetch(x, 0, 2); }
+
 /* Streamed stores of this thread are seen by the others after this. */
 static inline void stream_end(void)
 {

@@ -26,6 +26,7 @@ cdef extern from "words.h" nogil:
     void store_part(stored* y, int64_t n, vec v)
     void stream(stored* y, vec v)
     void stream_end()
+    void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
     int64_t until_aligned(const stored* y)
     const stored* past(const stored* x, int64_t n)
@@ -94,7 +95,7 @@ cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
 cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
     """Values before y can be streamed; where it never can, 0, and streaming is off."""
     cdef int64_t count = until_aligned(y) if streaming[0] else 0
-    if count < 0:
+    if count < 0 or n < 8 * WIDTH:  # lines that are half streamed cost more than they save
         streaming[0] = False
         return 0
     return minimum(count, n)
@@ -217,9 +218,12 @@ cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale,
 
 cdef inline void map_run(
     const stored* x, const stored* dy, stored* y, int64_t n, work hi_, work scale_, work shift_,
-    work dscale_, bint streaming
+    work dscale_, bint streaming, int64_t ahead
 ) noexcept nogil:
-    """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL."""
+    """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL.
+
+    With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
+    and memory would otherwise only be written here."""
     cdef vec hi = splat(hi_)
     cdef vec scale = splat(scale_)
     cdef vec shift = splat(shift_)
@@ -230,7 +234,11 @@ cdef inline void map_run(
     while p < n:
         if part == 0:
             while p + WIDTH <= n:
+                if ahead:
+                    fetch(x + p + ahead)
                 if with_dy:
+                    if ahead:
+                        fetch(dy + p + ahead)
                     d = load(dy + p)
                 put(y + p, mapped(load(x + p), d, hi, scale, shift, dscale, with_dy), streaming)
                 p += WIDTH
@@ -243,6 +251,16 @@ cdef inline void map_run(
                        mapped(load_part(x + p, part, hi_), d, hi, scale, shift, dscale, with_dy))
             p += part
             part = 0
+
+
+cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride, int64_t n) noexcept nogil:
+    """Ask for `runs` runs of n values."""
+    cdef int64_t r, p
+    for r in range(runs):
+        p = 0
+        while p < n:
+            fetch(x + r * stride + p)
+            p += WIDTH
 
 
 # ---- from sums to statistics -------------------------------------------------------------
