@@ -1,1 +1,1 @@
-"""The benchmark beside PyTorch and others, in units of the memory floor. See `fastnorm bench --help`."""
+"""The benchmark beside PyTorch and others, over the memory floor. See `fastnorm bench --help`."""

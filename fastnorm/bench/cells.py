@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 from math import prod
 
-RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+RESNET = (
+    (64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
+    (2048, 7),
+)
 DIFFUSION = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8), (1, 128, 512), (1, 512, 64))
-ROWS = ((4096, 768), (16384, 768), (8192, 1024), (2048, 4096), (1024, 8192), (65536, 96), (64, 768), (16, 4096))
+ROWS = (
+    (4096, 768), (16384, 768), (8192, 1024), (2048, 4096), (1024, 8192), (65536, 96), (64, 768),
+    (16, 4096),
+)
 VOLUMES = ((2, 32, 64, 64, 64), (2, 320, 8, 8, 8))
 ODD = ((32, 3, 224, 224), (16, 17, 56, 56), (16, 100, 13, 13), (1, 96, 9, 11))
 TINY = (1, 64, 8, 8)
@@ -26,13 +32,12 @@ class Cell:
     groups: int = 0
 
     def __str__(self):
-        name = self.op + (" backward" if self.backward else "")
-        return f"{name} {self.layout} {'x'.join(map(str, self.shape))}".replace("  ", " ")
+        return f"{self.family} {'x'.join(map(str, self.shape))}"
 
     @property
     def family(self):
         """What figures are averaged over."""
-        return f"{self.op}{' backward' if self.backward else ''}{' ' * bool(self.layout)}{self.layout}"
+        return " ".join(filter(None, (self.op, "backward" * self.backward, self.layout)))
 
     @property
     def tiny(self):

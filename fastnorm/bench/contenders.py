@@ -195,7 +195,8 @@ def jax_(problem):
     import jax
 
     forward = _formula(problem, jax.numpy)
-    x, weight, bias, dy = map(jax.numpy.asarray, (problem.x, problem.weight, problem.bias, problem.dy))
+    arrays = (problem.x, problem.weight, problem.bias, problem.dy)
+    x, weight, bias, dy = map(jax.numpy.asarray, arrays)
     if problem.cell.backward:
         function = jax.jit(lambda x, w, b, dy: jax.vjp(forward, x, w, b)[1](dy))
         return lambda: np.asarray(jax.block_until_ready(function(x, weight, bias, dy))[0])

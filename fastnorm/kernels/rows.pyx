@@ -27,6 +27,7 @@ cdef struct plan:
     int64_t sets
     int64_t n  # values in a contiguous run: k*i, of one channel in a backward: i
     int64_t stride  # from one run of a set to the next
+    double inverse  # 1 / (o*n)
     int64_t pieces  # of a run, where it is longer than a tile
     int64_t piece  # values in one
     int64_t tile_runs  # runs in a tile, where they are shorter
@@ -46,6 +47,7 @@ cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     p.sets = t.b * t.g
     p.n = n
     p.stride = t.g * t.k * t.i
+    p.inverse = 1.0 / <double> (t.o * n)
     p.pieces = ceil_div(n, TILE)
     p.piece = ceil_div(ceil_div(n, p.pieces), LANES) * LANES
     p.pieces = ceil_div(n, p.piece)
@@ -136,12 +138,12 @@ cdef void exact_statistics(const plan* p, const stored* x, work about, double* m
 cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work about,
                             const double* sums, double* mean, double* rstd) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef double count = <double> (t.o * p.n), s = sums[0] if t.has_mean else 0, var
-    if cancels(s, sums[1], count):
+    cdef double s = sums[0] if t.has_mean else 0, var
+    if cancels(s, sums[1], <double> (t.o * p.n)):
         exact_statistics(p, x, about, mean, &var)
     else:
-        mean[0] = about + s / count
-        var = (sums[1] - s * s / count) / count
+        mean[0] = about + s * p.inverse
+        var = (sums[1] - s * s * p.inverse) * p.inverse
     rstd[0] = 1.0 / sqrt(var + t.eps)
     if t.mean != NULL:
         t.mean[set_] = mean[0]

@@ -128,6 +128,34 @@ static inline void flush_lanes(const vec *lanes, double *total, int add)
     for (int j = 0; j < FN_LANES; j++) total[j] = add ? total[j] + (double)t[j] : (double)t[j];
 }
 
+typedef double eight __attribute__((vector_size(64)));
+typedef double four __attribute__((vector_size(32)));
+
+typedef work eight_work __attribute__((vector_size(8 * sizeof(work))));
+
+/* The sum of the lanes, plus `total` where it is not NULL, in double and pairwise: an order that
+ * no vector width changes. */
+static inline double fold_lanes(const vec *lanes, const double *total)
+{
+    eight v[FN_LANES / 8];
+    four low, high;
+    for (int part = 0; part < FN_LANES / 8; part++) {
+        eight_work narrow;
+        memcpy(&narrow, (const work *)lanes + 8 * part, sizeof narrow);
+        v[part] = __builtin_convertvector(narrow, eight);
+        if (total) {
+            eight before;
+            memcpy(&before, total + 8 * part, sizeof before);
+            v[part] += before;
+        }
+    }
+    v[0] = (v[0] + v[2]) + (v[1] + v[3]);
+    memcpy(&low, &v[0], sizeof low);
+    memcpy(&high, (const double *)&v[0] + 4, sizeof high);
+    low += high;
+    return (low[0] + low[2]) + (low[1] + low[3]);
+}
+
 /* Elements of y before its first 64-byte boundary; -1 where no element starts on one. */
 static inline int64_t until_aligned(const stored *y)
 {

@@ -28,6 +28,7 @@ cdef extern from "words.h" nogil:
     void stream_end()
     void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
+    double fold_lanes(const vec* lanes, const double* total)
     int64_t until_aligned(const stored* y)
     const stored* past(const stored* x, int64_t n)
     const work* past_weight(const work* x, int64_t n)
@@ -71,18 +72,6 @@ cdef inline int64_t maximum(int64_t a, int64_t b) noexcept nogil:
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
     return (a + b - 1) // b
-
-
-cdef inline double fold_lanes(double* lanes) noexcept nogil:
-    """The sum of LANES doubles, pairwise, in an order that no vector width changes."""
-    cdef int j
-    for j in range(16):
-        lanes[j] = lanes[j] + lanes[j + 16]
-    for j in range(8):
-        lanes[j] = lanes[j] + lanes[j + 8]
-    for j in range(4):
-        lanes[j] = lanes[j] + lanes[j + 4]
-    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 
 
 cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
@@ -170,10 +159,12 @@ cdef inline void sum_runs(
                 steps = 0
         x += stride
         dy = past(dy, stride)
-    flush_lanes(s, total_s, flushed)
-    flush_lanes(q, total_q, flushed)
-    sums[0] += fold_lanes(total_s)
-    sums[1] += fold_lanes(total_q)
+    if flushed:
+        sums[0] += fold_lanes(s, total_s)
+        sums[1] += fold_lanes(q, total_q)
+    else:
+        sums[0] += fold_lanes(s, NULL)
+        sums[1] += fold_lanes(q, NULL)
 
 
 cdef inline void sum_runs_exact(
@@ -201,8 +192,9 @@ cdef inline void sum_runs_exact(
             s[j] = s[j] + d
             q[j] = q[j] + d * d
         x += stride
-    sums[0] += fold_lanes(s)
-    sums[1] += fold_lanes(q)
+    for j in range(LANES):
+        sums[0] += s[j]
+        sums[1] += q[j]
 
 
 # ---- one run, mapped ---------------------------------------------------------------------
@@ -277,9 +269,11 @@ cdef inline work spread_sample(
 ) noexcept nogil:
     """A value near the mean: the average of SAMPLES values spread over the runs, exactly the
     constant for a constant input."""
-    cdef double total = 0, first = <double> widen(x[0])
+    cdef double odd = 0, even = 0, first = <double> widen(x[0])
     cdef int j
-    for j in range(1, SAMPLES):
-        total += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
-    first += total / SAMPLES
+    for j in range(1, SAMPLES, 2):
+        odd += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
+    for j in range(2, SAMPLES, 2):
+        even += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
+    first += (odd + even) * (1.0 / SAMPLES)
     return <work> first if isfinite(first) and fabs(first) < 1e37 else <work> 0
