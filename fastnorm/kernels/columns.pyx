@@ -93,6 +93,7 @@ cdef inline void sum_columns(
     cdef vec k[CHUNK]
     cdef vec d, e
     cdef work part[MOST_WIDTH]
+    cdef work more[MOST_WIDTH]
     cdef int64_t row = 0, stop, j
     cdef bint whole = n == vectors * WIDTH
     cdef int v
@@ -118,11 +119,16 @@ cdef inline void sum_columns(
             row += 1
         for v in range(vectors):
             memcpy(part, &a[v], sizeof(vec))
-            for j in range(minimum(n, WIDTH)):
-                s[v * WIDTH + j] += <double> part[j]
-            memcpy(part, &c[v], sizeof(vec))
-            for j in range(minimum(n, WIDTH)):
-                q[v * WIDTH + j] += <double> part[j]
+            memcpy(more, &c[v], sizeof(vec))
+            if whole:
+                for j in range(WIDTH):
+                    s[v * WIDTH + j] += <double> part[j]
+                for j in range(WIDTH):
+                    q[v * WIDTH + j] += <double> more[j]
+            else:
+                for j in range(n):
+                    s[j] += <double> part[j]
+                    q[j] += <double> more[j]
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -202,6 +208,49 @@ cdef inline void map_row(
             part = 0
 
 
+cdef inline void map_down(
+    const stored* x, const stored* dy, stored* y, int64_t rows, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint streaming, int vectors
+) noexcept nogil:
+    """map_row for whole rows of a few vectors: the coefficients stay in registers."""
+    cdef vec h[CHUNK]
+    cdef vec a[CHUNK]
+    cdef vec b[CHUNK]
+    cdef vec c[CHUNK]
+    cdef vec d = splat(0)
+    cdef int64_t _row
+    cdef int v
+    for v in range(vectors):
+        h[v] = load_work(hi + v * WIDTH)
+        a[v] = load_work(scale + v * WIDTH)
+        b[v] = load_work(shift + v * WIDTH)
+        c[v] = d if dy == NULL else load_work(dscale + v * WIDTH)
+    for _row in range(rows):
+        for v in range(vectors):
+            if dy != NULL:
+                d = load(dy + v * WIDTH)
+            put(y + v * WIDTH, mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL),
+                streaming)
+        x += vectors * WIDTH
+        y += vectors * WIDTH
+        dy = past(dy, vectors * WIDTH)
+
+
+cdef inline int64_t map_rows_down(
+    const plan* p, int64_t at, int64_t rows, const work* hi, int vectors
+) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef const stored* x = <const stored*> t.x + at
+    cdef stored* y = <stored*> t.y + at
+    cdef bint streaming = t.stream and until_aligned(y) == 0
+    if t.dy == NULL:
+        map_down(x, NULL, y, rows, hi, hi + p.width, hi + 2 * p.width, hi, streaming, vectors)
+    else:
+        map_down(x, <const stored*> t.dy + at, y, rows, hi, hi + p.width, hi + 2 * p.width,
+                 hi + 3 * p.width, streaming, vectors)
+    return rows
+
+
 cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
@@ -210,6 +259,11 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef const work* scale = hi + p.width
     cdef const work* shift = scale + p.width
     cdef const work* dscale = shift + p.width
+    if p.width == 4 * WIDTH:
+        row += map_rows_down(p, at, stop - row, hi, 4)
+    elif p.width == 3 * WIDTH:
+        row += map_rows_down(p, at, stop - row, hi, 3)
+    at = b * t.o * p.channels + row * p.width
     if tile == p.tiles - 1 and p.rest > 0:
         stop += 1
     while row < stop:
@@ -230,7 +284,7 @@ cdef void sample_columns(const plan* p, int64_t b) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
     cdef work* about = coefficients_of(p, b)
-    cdef int64_t c, j, count = minimum(SAMPLES, p.rows)
+    cdef int64_t c, j, count = minimum(2 * SAMPLES, p.rows)
     cdef double total
     for c in range(p.width):
         total = 0

@@ -61,7 +61,8 @@ cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
         p.block = maximum(1, t.g // (8 * maximum(1, t.threads)) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
-    p.b_tiles = minimum(t.b, minimum(32, maximum(4, (1 << 16) // (t.g * t.k))))
+    p.b_tiles = minimum(t.b if t.i > 1 else ceil_div(t.b, ROWS),
+                        minimum(32, maximum(4, (1 << 16) // (t.g * t.k))))
     p.partial = <double*> t.scratch
 
 

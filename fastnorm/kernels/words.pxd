@@ -84,7 +84,8 @@ cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
 cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
     """Values before y can be streamed; where it never can, 0, and streaming is off."""
     cdef int64_t count = until_aligned(y) if streaming[0] else 0
-    if count < 0 or n < 8 * WIDTH:  # lines that are half streamed cost more than they save
+    # Lines that are half streamed cost more than they save: short runs must be whole lines.
+    if count < 0 or (n < 8 * WIDTH and (count > 0 or n % WIDTH != 0)):
         streaming[0] = False
         return 0
     return minimum(count, n)
@@ -261,7 +262,7 @@ cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride, int64
 cdef inline bint cancels(double s, double q, double count) noexcept nogil:
     """Whether var = (q - s*s/count)/count would have lost too many digits: the squares left the
     range of the working type, or the values lie far from where they were taken about."""
-    return not (isfinite(q) and q > FN_TINY * count and s * s <= 0.5 * q * count)
+    return not (isfinite(q) and q > FN_TINY * count and s * s <= 0.75 * q * count)
 
 
 cdef inline work spread_sample(
