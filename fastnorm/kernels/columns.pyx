@@ -12,7 +12,7 @@ Tiles depend on the geometry alone and are merged in their order: the bits never
 threads.
 """
 
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.words cimport *
 
@@ -23,6 +23,7 @@ cdef enum:
     WIDE = 64  # and at least this
     MAX_TILES = 32
     TILE = 32768  # values in a tile, at least
+    STEP = 8
     RUN = 128  # values that a lane sums in the working type before it meets a double
 
 
@@ -37,7 +38,10 @@ cdef struct plan:
     int64_t tiles
     int64_t b0  # the slices [b0, b0 + batch) are under way
     int64_t batch
-    int64_t slot  # bytes of scratch for a slice
+    int64_t padded  # width, in whole vectors
+    int64_t step  # rows summed before the next columns are
+    int64_t tile_slot  # bytes of scratch for a tile
+    int64_t slot  # and for a slice
 
 
 cdef void cut(plan* p, const fn_task* t) noexcept nogil:
@@ -53,9 +57,13 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.rest = t.o % p.copies * p.channels
     p.tile_rows = maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width))
     p.tiles = ceil_div(p.rows, p.tile_rows)
-    # Per slice: two sums for each tile and column, then about or hi, scale, shift and dscale.
-    p.slot = (2 * p.tiles * p.width * <int64_t> sizeof(double)
-              + 4 * p.width * <int64_t> sizeof(work) + 63) // 64 * 64
+    p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
+    # All rows of a run at once where the sums fit registers, else as many as prefetchers follow.
+    p.step = RUN if p.width <= CHUNK * WIDTH else STEP
+    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale.
+    p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
+                   + 2 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
+    p.slot = p.tiles * p.tile_slot + (4 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
     p.batch = minimum(t.b, maximum(1, (1 << 20) // p.slot))
 
 
@@ -68,11 +76,16 @@ cdef public size_t columns_scratch(const fn_task* t) noexcept nogil:
 
 cdef inline double* sums_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     """[2][width] of a tile. Those of tile 0 hold the merged sums afterwards."""
-    return <double*> (<char*> p.task.scratch + (b - p.b0) * p.slot) + 2 * tile * p.width
+    return <double*> (<char*> p.task.scratch + (b - p.b0) * p.slot + tile * p.tile_slot)
+
+
+cdef inline work* lanes_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+    """[2][padded]: what a tile has summed since it last met a double."""
+    return <work*> (sums_of(p, b, tile) + 2 * p.width)
 
 
 cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
-    """[4][width]: about or hi, scale, shift, dscale."""
+    """[4][padded]: about or hi, scale, shift, dscale."""
     return <work*> sums_of(p, b, p.tiles)
 
 
@@ -85,78 +98,87 @@ cdef inline int64_t count_of(const plan* p, int64_t column) noexcept nogil:
 
 cdef inline void sum_columns(
     const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about, int64_t n,
-    double* s, double* q, int vectors
+    work* s, work* q, int vectors
 ) noexcept nogil:
-    """s, q = sums as in sum_runs down n = vectors*WIDTH columns, or fewer in one vec."""
+    """Add to s and q the terms of sum_runs down n = vectors*WIDTH columns, or fewer in one vec."""
     cdef vec a[CHUNK]
     cdef vec c[CHUNK]
     cdef vec k[CHUNK]
     cdef vec d, e
-    cdef work part[MOST_WIDTH]
-    cdef work more[MOST_WIDTH]
-    cdef int64_t row = 0, stop, j
     cdef bint whole = n == vectors * WIDTH
+    cdef int64_t _row
     cdef int v
-    for j in range(n):
-        s[j] = q[j] = 0
     for v in range(vectors):
-        k[v] = (load_work(about + v * WIDTH) if whole
-                else load_part(<const stored*> about, n, 0))
-    while row < rows:
-        stop = minimum(rows, row + RUN)
+        k[v] = load_work(about + v * WIDTH)
+        a[v] = load_work(s + v * WIDTH)
+        c[v] = load_work(q + v * WIDTH)
+    for _row in range(rows):
         for v in range(vectors):
-            a[v] = c[v] = splat(0)
-        while row < stop:
-            for v in range(vectors):
-                d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
-                e = d
-                if dy != NULL:
-                    e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
-                a[v] = a[v] + e
-                c[v] = c[v] + e * d
-            x += stride
-            dy = past(dy, stride)
-            row += 1
-        for v in range(vectors):
-            memcpy(part, &a[v], sizeof(vec))
-            memcpy(more, &c[v], sizeof(vec))
-            if whole:
-                for j in range(WIDTH):
-                    s[v * WIDTH + j] += <double> part[j]
-                for j in range(WIDTH):
-                    q[v * WIDTH + j] += <double> more[j]
-            else:
-                for j in range(n):
-                    s[j] += <double> part[j]
-                    q[j] += <double> more[j]
+            d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
+            e = d
+            if dy != NULL:
+                e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
+            a[v] = a[v] + e
+            c[v] = c[v] + e * d
+        x += stride
+        dy = past(dy, stride)
+    for v in range(vectors):
+        memcpy(s + v * WIDTH, &a[v], sizeof(vec))
+        memcpy(q + v * WIDTH, &c[v], sizeof(vec))
+
+
+cdef inline void sum_rows(
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
+    const work* about, work* s, work* q
+) noexcept nogil:
+    """sum_columns over all columns. s, q and about have room for whole vectors."""
+    cdef int64_t c = 0
+    while c + CHUNK * WIDTH <= width:
+        if dy == NULL:
+            sum_columns(x + c, NULL, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+        else:
+            sum_columns(x + c, dy + c, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+        c += CHUNK * WIDTH
+    while c < width:
+        sum_columns(x + c, past(dy, c), rows, stride, about + c, minimum(WIDTH, width - c), s + c,
+                    q + c, 1)
+        c += WIDTH
+
+
+cdef inline void flush_columns(int64_t width, work* lanes, double* total) noexcept nogil:
+    cdef int64_t c
+    for c in range(width):
+        total[c] = total[c] + <double> lanes[c]
+    memset(lanes, 0, width * sizeof(work))
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+    """A few rows of all columns at a time: memory is read in order, and the sums of the other
+    columns wait in the first-level cache."""
     cdef const fn_task* t = p.task
-    cdef int64_t row = tile * p.tile_rows, rows = minimum(p.rows, row + p.tile_rows) - row
-    cdef int64_t at = b * t.o * p.channels + row * p.width, c = 0
+    cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows), count
+    cdef int64_t at = b * t.o * p.channels, since = 0
     cdef const stored* x = <const stored*> t.x + at
     cdef const stored* dy = past(<const stored*> t.dy, at)
     cdef const work* about = coefficients_of(p, b)
-    cdef double* s = sums_of(p, b, tile)
-    cdef double* q = s + p.width
-    cdef double rest_s, rest_q
-    while c + CHUNK * WIDTH <= p.width:
-        if dy == NULL:
-            sum_columns(x + c, NULL, rows, p.width, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
-        else:
-            sum_columns(x + c, dy + c, rows, p.width, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
-        c += CHUNK * WIDTH
-    while c < p.width:
-        sum_columns(x + c, past(dy, c), rows, p.width, about + c, minimum(WIDTH, p.width - c), s + c,
-                    q + c, 1)
-        c += WIDTH
-    if tile == p.tiles - 1:
-        for c in range(p.rest):
-            sum_columns(x + rows * p.width + c, past(dy, rows * p.width + c), 1, 0, about + c, 1,
-                        &rest_s, &rest_q, 1)
-            s[c] += rest_s
-            q[c] += rest_q
+    cdef double* total = sums_of(p, b, tile)
+    cdef work* s = lanes_of(p, b, tile)
+    cdef work* q = s + p.padded
+    memset(total, 0, 2 * p.width * sizeof(double))
+    memset(s, 0, 2 * p.padded * sizeof(work))
+    while row < stop:
+        count = minimum(p.step, stop - row)
+        sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about, s, q)
+        row += count
+        since += count
+        if since >= RUN or row == stop:
+            flush_columns(p.width, s, total)
+            flush_columns(p.width, q, total + p.width)
+            since = 0
+    if tile == p.tiles - 1 and p.rest > 0:
+        sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, s, q)
+        flush_columns(p.rest, s, total)
+        flush_columns(p.rest, q, total + p.width)
 
 
 cdef void merge_tiles(const plan* p, int64_t b) noexcept nogil:
@@ -244,10 +266,10 @@ cdef inline int64_t map_rows_down(
     cdef stored* y = <stored*> t.y + at
     cdef bint streaming = t.stream and until_aligned(y) == 0
     if t.dy == NULL:
-        map_down(x, NULL, y, rows, hi, hi + p.width, hi + 2 * p.width, hi, streaming, vectors)
+        map_down(x, NULL, y, rows, hi, hi + p.padded, hi + 2 * p.padded, hi, streaming, vectors)
     else:
-        map_down(x, <const stored*> t.dy + at, y, rows, hi, hi + p.width, hi + 2 * p.width,
-                 hi + 3 * p.width, streaming, vectors)
+        map_down(x, <const stored*> t.dy + at, y, rows, hi, hi + p.padded, hi + 2 * p.padded,
+                 hi + 3 * p.padded, streaming, vectors)
     return rows
 
 
@@ -256,9 +278,9 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
     cdef int64_t at = b * t.o * p.channels + row * p.width, n = p.width
     cdef const work* hi = coefficients_of(p, b)
-    cdef const work* scale = hi + p.width
-    cdef const work* shift = scale + p.width
-    cdef const work* dscale = shift + p.width
+    cdef const work* scale = hi + p.padded
+    cdef const work* shift = scale + p.padded
+    cdef const work* dscale = shift + p.padded
     if p.width == 4 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 4)
     elif p.width == 3 * WIDTH:
@@ -379,8 +401,8 @@ cdef void finish_slice(const plan* p, int64_t b) noexcept nogil:
             for r in range(p.copies):
                 c = r * p.channels + channel
                 hi[c] = <work> mean
-                hi[p.width + c] = <work> scale
-                hi[2 * p.width + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
+                hi[p.padded + c] = <work> scale
+                hi[2 * p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
 
 
 cdef void start_slice(const plan* p, int64_t b) noexcept nogil:
@@ -497,9 +519,9 @@ cdef void finish_backward(const plan* p, int64_t b) noexcept nogil:
         for channel in range(g * t.k, (g + 1) * t.k):
             for r in range(p.copies):
                 c = r * p.channels + channel
-                hi[p.width + c] = <work> (-rstd * rstd * m2)
-                hi[2 * p.width + c] = <work> (rstd * (rstd * m2 * lo - m1))
-                hi[3 * p.width + c] = <work> (rstd * <double> weight[channel])
+                hi[p.padded + c] = <work> (-rstd * rstd * m2)
+                hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
+                hi[3 * p.padded + c] = <work> (rstd * <double> weight[channel])
 
 
 cdef public void columns_backward(const fn_task* t) noexcept nogil:
