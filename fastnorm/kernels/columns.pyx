@@ -23,6 +23,7 @@ cdef enum:
     WIDE = 64  # and at least this
     MAX_TILES = 32
     TILE = 32768  # values in a tile, at least
+    TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
     STEP = 8
     RUN = 128  # values that a lane sums in the working type before it meets a double
 
@@ -55,7 +56,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.width = p.copies * p.channels
     p.rows = t.o // p.copies
     p.rest = t.o % p.copies * p.channels
-    p.tile_rows = maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width))
+    p.tile_rows = maximum(TILE_ROWS, maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width)))
     p.tiles = ceil_div(p.rows, p.tile_rows)
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers, else as many as prefetchers follow.
@@ -306,15 +307,20 @@ cdef void sample_columns(const plan* p, int64_t b) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
     cdef work* about = coefficients_of(p, b)
+    cdef double* total = sums_of(p, b, 0)
+    cdef const stored* sampled
     cdef int64_t c, j, count = minimum(2 * SAMPLES, p.rows)
-    cdef double total
+    cdef double inverse = 1.0 / <double> count
+    memset(total, 0, p.width * sizeof(double))
+    if t.has_mean:
+        for j in range(1, count):
+            sampled = x + j * p.rows // count * p.width
+            for c in range(p.width):
+                total[c] = total[c] + (<double> widen(sampled[c]) - <double> widen(x[c]))
+        for c in range(p.width):
+            total[c] = <double> widen(x[c]) + total[c] * inverse
     for c in range(p.width):
-        total = 0
-        if t.has_mean:
-            for j in range(count):
-                total += <double> widen(x[j * p.rows // count * p.width + c]) - <double> widen(x[c])
-            total = <double> widen(x[c]) + total / <double> count
-        about[c] = <work> total if isfinite(total) and fabs(total) < 1e37 else <work> 0
+        about[c] = <work> total[c] if fabs(total[c]) < 1e37 else <work> 0
 
 
 cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
@@ -339,6 +345,7 @@ cdef void column_moments(const plan* p, int64_t b) noexcept nogil:
     cdef double* q = s + p.width
     cdef double again[2]
     cdef double count, mean
+    cdef double whole = 1.0 / <double> p.rows, and_one = 1.0 / <double> (p.rows + 1)
     cdef int64_t c
     for c in range(p.width):
         count = <double> count_of(p, c)
@@ -355,7 +362,7 @@ cdef void column_moments(const plan* p, int64_t b) noexcept nogil:
             s[c] = mean + again[0] / count
             q[c] = again[1] - again[0] * again[0] / count
         else:
-            mean = s[c] / count
+            mean = s[c] * (and_one if c < p.rest else whole)
             s[c] = about[c] + mean if t.has_mean else 0
             q[c] = q[c] - mean * mean * count
 
