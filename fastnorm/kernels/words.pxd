@@ -85,7 +85,7 @@ cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept n
     """Values before y can be streamed; where it never can, 0, and streaming is off."""
     cdef int64_t count = until_aligned(y) if streaming[0] else 0
     # Lines that are half streamed cost more than they save: short runs must be whole lines.
-    if count < 0 or (n < 8 * WIDTH and (count > 0 or n % WIDTH != 0)):
+    if count < 0 or (n < 64 * WIDTH and (count > 0 or n % WIDTH != 0)):
         streaming[0] = False
         return 0
     return minimum(count, n)
