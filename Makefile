@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c demo lint check clean
+.PHONY: help install build test test-c demo lint check clean bench
 PYTHON ?= python
 
 help:  ## list the tasks
@@ -15,6 +15,9 @@ test:  ## run the tests
 
 test-c:  ## build and run the C example and the C test
 	$(PYTHON) -m pytest tests/test_install.py -k "c_program or header or library"
+
+bench:  ## measure a few cells against the memory floor and PyTorch
+	$(PYTHON) -m fastnorm bench --quick
 
 demo:  ## train LeNet-5 with and without batch norm
 	$(PYTHON) -m fastnorm demo

@@ -183,3 +183,55 @@ def test_batch_norm_is_ahead_in_the_first_epochs():
     with_batch_norm = lenet.train(images, True, 2, 0.01, 64, 0)
     assert with_batch_norm[0] > without[0] + 5
     assert with_batch_norm[1] > 85
+
+
+@needs_library
+def test_bench(tmp_path, capsys):
+    """The table, the JSON and the plot of one cell; a wrong contender is seen."""
+    import json
+
+    from fastnorm.__main__ import main
+    from fastnorm.bench import cells, contenders, run
+
+    saved, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    command = ["bench", "--only", "group NCHW 2x96", "--seconds", "0.01", "--json", str(saved)]
+    assert main([*command, "--plot", str(plot), "--contenders", "fastnorm,PyTorch,NumPy"]) == 0
+    (row,) = json.loads(saved.read_text())["cells"].values()
+    assert set(row["times"]) == {"fastnorm", "PyTorch", "NumPy"}
+    assert row["wrong"] == []
+    assert 0 < row["floor"] < 1
+    assert plot.exists()
+    assert plot.with_suffix(".svg").exists()
+    assert "geometric means over the floor" in capsys.readouterr().out
+    assert main(["bench", "--contenders", "oneMKL"]) == 2
+
+    def wrong(problem):
+        call = contenders.native(problem)
+        return lambda: call() * np.float32(1.01)
+
+    cell = next(c for c in cells.cells() if c.tiny)
+    assert run.run_cell(cell, {"wrong": wrong}, 1, 0.01, np.float32)["wrong"] == ["wrong"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_contender_is_right_in_every_cell(dtype):
+    """On small stand-ins of the benchmark's cells."""
+    import dataclasses
+
+    from fastnorm.bench import cells, contenders
+
+    who = contenders.available(("fastnorm", "PyTorch", "NumPy"))
+    seen = set()
+    for cell in cells.cells():
+        if cell.family in seen or cell.tiny:
+            continue
+        seen.add(cell.family)
+        shape = (2, 32, *(min(s, 5) for s in cell.shape[2:]))
+        problem = contenders.Problem(dataclasses.replace(cell, shape=shape), 2, dtype)
+        wanted = contenders.native(problem, "reference")().copy()
+        for name, contender in who.items():
+            call = contender(problem)
+            if call is not None:
+                problem.out.fill(np.nan)
+                error = np.max(np.abs(call() - wanted))
+                assert error < 1e-4 * np.max(np.abs(wanted)), (str(cell), name)

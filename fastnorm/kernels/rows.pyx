@@ -5,6 +5,10 @@ ones, is finished while it is in the second-level cache, so that a forward reads
 writes y once, a backward reads dy and x once and writes dx once. Sets too few and too large
 for that are split into tiles and read twice.
 
+What lost, measured on one core with AVX-512: the sums of four rows of 768 before the first map
+(1.2 times as long), asking for the next row early where sets are one run (1.0 to 1.1 times), and
+-funroll-loops (1.2 times in cache).
+
 Sums are taken tile by tile and added in the order of the tiles. Tiles depend on the geometry
 alone; which thread takes which never changes a bit.
 """
