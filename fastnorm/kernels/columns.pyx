@@ -17,20 +17,16 @@ Tiles depend on the geometry alone and are merged in their order: the bits never
 threads.
 """
 
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from fastnorm.kernels.words cimport *
 
 cdef enum:
-    CHUNK = 4  # vectors of columns summed in registers
-    MOST_WIDTH = 16  # of a vec
     NARROW = 16  # the width of few columns becomes a multiple of this
     WIDE = 64  # and at least this
     MAX_TILES = 32
     TILE = 32768  # values in a tile, at least
     TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
-    STEP = 8
-    RUN = 128  # values that a lane sums in the working type before it meets a double
 
 
 cdef struct plan:
@@ -102,55 +98,6 @@ cdef inline int64_t count_of(const plan* p, int64_t column) noexcept nogil:
 # ---- sums --------------------------------------------------------------------------------
 
 
-cdef inline void sum_columns(
-    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about, int64_t n,
-    work* s, work* q, int vectors
-) noexcept nogil:
-    """Add to s and q the terms of sum_runs down n = vectors*WIDTH columns, or fewer in one vec."""
-    cdef vec a[CHUNK]
-    cdef vec c[CHUNK]
-    cdef vec k[CHUNK]
-    cdef vec d, e
-    cdef bint whole = n == vectors * WIDTH
-    cdef int64_t _row
-    cdef int v
-    for v in range(vectors):
-        k[v] = load_work(about + v * WIDTH)
-        a[v] = load_work(s + v * WIDTH)
-        c[v] = load_work(q + v * WIDTH)
-    for _row in range(rows):
-        for v in range(vectors):
-            d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
-            e = d
-            if dy != NULL:
-                e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
-            a[v] = a[v] + e
-            c[v] = c[v] + e * d
-        x += stride
-        dy = past(dy, stride)
-    for v in range(vectors):
-        memcpy(s + v * WIDTH, &a[v], sizeof(vec))
-        memcpy(q + v * WIDTH, &c[v], sizeof(vec))
-
-
-cdef inline void sum_rows(
-    const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
-    const work* about, work* s, work* q
-) noexcept nogil:
-    """sum_columns over all columns. s, q and about have room for whole vectors."""
-    cdef int64_t c = 0
-    while c + CHUNK * WIDTH <= width:
-        if dy == NULL:
-            sum_columns(x + c, NULL, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
-        else:
-            sum_columns(x + c, dy + c, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
-        c += CHUNK * WIDTH
-    while c < width:
-        sum_columns(x + c, past(dy, c), rows, stride, about + c, minimum(WIDTH, width - c), s + c,
-                    q + c, 1)
-        c += WIDTH
-
-
 cdef inline void flush_columns(int64_t width, work* lanes, double* total) noexcept nogil:
     cdef int64_t c
     for c in range(width):
@@ -199,41 +146,6 @@ cdef void merge_tiles(const plan* p, int64_t b) noexcept nogil:
 
 
 # ---- the map -----------------------------------------------------------------------------
-
-
-cdef inline void map_row(
-    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
-    const work* shift, const work* dscale, bint streaming
-) noexcept nogil:
-    """map_run with coefficients for each place."""
-    cdef vec d = splat(0)
-    cdef vec none = splat(0)
-    cdef int64_t p = 0, part = head(y, n, &streaming)
-    while p < n:
-        if part == 0:
-            if dy == NULL:
-                while p + WIDTH <= n:
-                    put(y + p, mapped(load(x + p), d, load_work(hi + p), load_work(scale + p),
-                                      load_work(shift + p), none, False), streaming)
-                    p += WIDTH
-            else:
-                while p + WIDTH <= n:
-                    put(y + p, mapped(load(x + p), load(dy + p), load_work(hi + p),
-                                      load_work(scale + p), load_work(shift + p),
-                                      load_work(dscale + p), True), streaming)
-                    p += WIDTH
-            part = n - p
-        else:
-            part = minimum(part, WIDTH)
-            if dy != NULL:
-                d = load_part(dy + p, part, 0)
-                none = load_part(<const stored*> dscale + p, part, 0)
-            store_part(y + p, part, mapped(
-                load_part(x + p, part, 0), d, load_part(<const stored*> hi + p, part, 0),
-                load_part(<const stored*> scale + p, part, 0),
-                load_part(<const stored*> shift + p, part, 0), none, dy != NULL))
-            p += part
-            part = 0
 
 
 cdef inline void map_down(

@@ -13,7 +13,7 @@ Sums are taken tile by tile and added in the order of the tiles. Tiles depend on
 alone; which thread takes which never changes a bit.
 """
 
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.words cimport *
 
@@ -21,7 +21,8 @@ cdef enum:
     TILE = 65536  # values in a tile of a set
     FEW = 16  # sets, below which large ones are split
     BLOCK = 64
-    MOST_WIDTH = 16  # of a vec
+    SLAB = 2048  # places of a slab
+    SHORT_RUN = 256  # values in a run, below which sets are summed as slabs
     SHORT = 1024  # values in a run, below which the next one is not foreseen
     ROWS = 8  # rows whose dweight is summed in registers before it meets memory
 
@@ -44,6 +45,11 @@ cdef struct plan:
     double* partial
 
 
+cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
+    """Whether runs are so short that their ends and their sums by run would cost the most."""
+    return t.b == 1 and t.k == 1 and 1 < t.i < SHORT_RUN and t.o >= 8
+
+
 cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     """Cut sets whose contiguous runs have n values into tiles and blocks."""
     cdef int64_t bytes = t.o * t.k * t.i * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
@@ -63,6 +69,8 @@ cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     else:
         # Half the cache for what is under way, half for what map_run asks for.
         p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
+        if in_slabs(t):
+            p.group = maximum(1, minimum(p.group, SLAB // n))
         p.block = maximum(1, t.g // (8 * maximum(1, t.threads)) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     p.b_tiles = minimum(t.b if t.i > 1 else ceil_div(t.b, ROWS),
@@ -279,6 +287,100 @@ cdef void forward_block(void* context, int64_t index) noexcept nogil:
         stream_end()
 
 
+# ---- slabs: short runs of one channel each -------------------------------------------------
+#
+# A group's runs of one sample lie one behind the other: a slab. Sums run down the o slabs,
+# place by place, as in the columns order, and a set's places are added up at the end.
+
+
+cdef struct slab:
+    # For each place: the value that sums are about, sums, then what map_row reads. With room
+    # for a whole vec behind the last place.
+    work hi[SLAB + 16]
+    work s[SLAB + 16]
+    work q[SLAB + 16]
+    work d[SLAB + 16]
+
+
+cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
+    cdef int64_t j
+    for j in range(n):
+        a[j] = value
+
+
+cdef inline double sum_places(const work* a, int64_t n) noexcept nogil:
+    cdef double t[8]
+    cdef int64_t at = 0
+    cdef int j
+    for j in range(8):
+        t[j] = 0
+    while at + 8 <= n:
+        for j in range(8):
+            t[j] = t[j] + <double> a[at + j]
+        at += 8
+    for j in range(<int> (n - at)):
+        t[j] = t[j] + <double> a[at + j]
+    return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
+
+
+cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int64_t sets, slab* w,
+                           double* sums) noexcept nogil:
+    """sums[set] = as in sum_runs, about w.hi."""
+    cdef int64_t row = 0, stop, count, s
+    memset(sums, 0, 2 * sets * sizeof(double))
+    while row < p.task.o:
+        memset(w.s, 0, sizeof(w.s))
+        memset(w.q, 0, sizeof(w.q))
+        stop = minimum(p.task.o, row + RUN)
+        while row < stop:
+            count = minimum(STEP, stop - row)
+            sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n, w.hi,
+                     w.s, w.q)
+            row += count
+        for s in range(sets):
+            sums[2 * s] += sum_places(w.s + s * p.n, p.n)
+            sums[2 * s + 1] += sum_places(w.q + s * p.n, p.n)
+
+
+cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, const slab* w) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t _r
+    for _r in range(t.o):
+        map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
+                sets * p.n, w.hi, w.s, w.q, w.d, t.stream)
+        at += p.stride
+    if t.stream:
+        stream_end()
+
+
+cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
+    """forward_block in slabs."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef slab w
+    cdef work about[BLOCK]
+    cdef double sums[2 * BLOCK]
+    cdef double mean, rstd, scale
+    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
+    cdef const stored* x
+    while first < end:
+        sets = minimum(p.group, end - first)
+        x = <const stored*> t.x + first * p.n
+        for s in range(sets):
+            about[s] = sample(p, x + s * p.n)
+            fill(w.hi + s * p.n, p.n, about[s])
+        sum_slabs(p, x, NULL, sets, &w, sums)
+        for s in range(sets):
+            finish_set(p, first + s, x + s * p.n, about[s], sums + 2 * s, &mean, &rstd)
+            scale = rstd * <double> (<const work*> t.weight)[first + s]
+            fill(w.hi + s * p.n, p.n, <work> mean)
+            fill(w.s + s * p.n, p.n, <work> scale)
+            fill(w.q + s * p.n, p.n, <work> (<double> (<const work*> t.bias)[first + s]
+                                             - (mean - <double> (<work> mean)) * scale))
+        map_slabs(p, first * p.n, sets, &w)
+        first += sets
+
+
 cdef void forward_tile_sums(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef const stored* x = <const stored*> p.task.x + set_start(p.task, index // p.tiles)
@@ -334,6 +436,8 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
             found = p.partial + 2 * (p.sets * p.tiles + set_)
             finish_set(&p, set_, x, sample(&p, x), sums, found, found + 1)
         fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p)
+    elif in_slabs(t):
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p)
     else:
         fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p)
 
@@ -438,6 +542,34 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
             set_ = stop
     if t.stream:
         stream_end()
+
+
+cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
+    """backward_block in slabs."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef slab w
+    cdef terms c[BLOCK]
+    cdef double sums[2 * BLOCK]
+    cdef double over_set[2]
+    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
+    while first < end:
+        sets = minimum(p.group, end - first)
+        for s in range(sets):
+            start_terms(t, first + s, &c[s])
+            fill(w.hi + s * p.n, p.n, c[s].hi)
+        sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
+                  &w, sums)
+        for s in range(sets):
+            over_set[0] = over_set[1] = 0
+            add_channel(p, first + s, 0, sums + 2 * s, &c[s], p.partial, p.partial + t.g, over_set)
+            finish_terms(t, over_set[0], over_set[1], &c[s])
+            fill(w.s + s * p.n, p.n, c[s].scale)
+            fill(w.q + s * p.n, p.n, c[s].shift)
+            fill(w.d + s * p.n, p.n, <work> (
+                c[s].rstd * <double> (<const work*> t.weight)[first + s]))
+        map_slabs(p, first * p.n, sets, &w)
+        first += sets
 
 
 cdef inline void backward_rows_chunk(
@@ -592,6 +724,8 @@ cdef public void rows_backward(const fn_task* t) noexcept nogil:
         p.partial[j] = 0
     if t.i == 1:
         fn_parallel_for(t, p.b_tiles * t.g, backward_elements, &p)
+    elif in_slabs(t):
+        fn_parallel_for(t, p.blocks, backward_slabs, &p)
     else:
         fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p)
     for tile in range(p.b_tiles):

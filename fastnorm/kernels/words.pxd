@@ -8,6 +8,7 @@ unrolled, and arrays of that many stay in registers.
 
 from libc.math cimport fabs, isfinite, sqrt
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 
 cdef extern from "words.h" nogil:
@@ -60,6 +61,10 @@ cdef enum:
     LANES = 32  # FN_LANES
     FLUSH = 64
     SAMPLES = 8
+    CHUNK = 4  # vectors of columns summed in registers
+    STEP = 8  # rows read at a time: as many streams as prefetchers follow
+    RUN = 128  # values of a column summed in the working type before they meet a double
+    MOST_WIDTH = 16  # of a vec
 
 
 cdef inline int64_t minimum(int64_t a, int64_t b) noexcept nogil:
@@ -246,7 +251,8 @@ cdef inline void map_run(
             part = 0
 
 
-cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride, int64_t n) noexcept nogil:
+cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
+                            int64_t n) noexcept nogil:
     """Ask for `runs` runs of n values."""
     cdef int64_t r, p
     for r in range(runs):
@@ -254,6 +260,93 @@ cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride, int64
         while p < n:
             fetch(x + r * stride + p)
             p += WIDTH
+
+
+# ---- down columns -------------------------------------------------------------------------
+
+
+cdef inline void sum_columns(
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about, int64_t n,
+    work* s, work* q, int vectors
+) noexcept nogil:
+    """Add to s and q the terms of sum_runs down n = vectors*WIDTH columns, or fewer in one vec."""
+    cdef vec a[CHUNK]
+    cdef vec c[CHUNK]
+    cdef vec k[CHUNK]
+    cdef vec d, e
+    cdef bint whole = n == vectors * WIDTH
+    cdef int64_t _row
+    cdef int v
+    for v in range(vectors):
+        k[v] = load_work(about + v * WIDTH)
+        a[v] = load_work(s + v * WIDTH)
+        c[v] = load_work(q + v * WIDTH)
+    for _row in range(rows):
+        for v in range(vectors):
+            d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
+            e = d
+            if dy != NULL:
+                e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
+            a[v] = a[v] + e
+            c[v] = c[v] + e * d
+        x += stride
+        dy = past(dy, stride)
+    for v in range(vectors):
+        memcpy(s + v * WIDTH, &a[v], sizeof(vec))
+        memcpy(q + v * WIDTH, &c[v], sizeof(vec))
+
+
+cdef inline void sum_rows(
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
+    const work* about, work* s, work* q
+) noexcept nogil:
+    """sum_columns over all columns. s, q and about have room for whole vectors."""
+    cdef int64_t c = 0
+    while c + CHUNK * WIDTH <= width:
+        if dy == NULL:
+            sum_columns(x + c, NULL, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+        else:
+            sum_columns(x + c, dy + c, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+        c += CHUNK * WIDTH
+    while c < width:
+        sum_columns(x + c, past(dy, c), rows, stride, about + c, minimum(WIDTH, width - c), s + c,
+                    q + c, 1)
+        c += WIDTH
+
+
+cdef inline void map_row(
+    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint streaming
+) noexcept nogil:
+    """map_run with coefficients for each place."""
+    cdef vec d = splat(0)
+    cdef vec none = splat(0)
+    cdef int64_t p = 0, part = head(y, n, &streaming)
+    while p < n:
+        if part == 0:
+            if dy == NULL:
+                while p + WIDTH <= n:
+                    put(y + p, mapped(load(x + p), d, load_work(hi + p), load_work(scale + p),
+                                      load_work(shift + p), none, False), streaming)
+                    p += WIDTH
+            else:
+                while p + WIDTH <= n:
+                    put(y + p, mapped(load(x + p), load(dy + p), load_work(hi + p),
+                                      load_work(scale + p), load_work(shift + p),
+                                      load_work(dscale + p), True), streaming)
+                    p += WIDTH
+            part = n - p
+        else:
+            part = minimum(part, WIDTH)
+            if dy != NULL:
+                d = load_part(dy + p, part, 0)
+                none = load_part(<const stored*> dscale + p, part, 0)
+            store_part(y + p, part, mapped(
+                load_part(x + p, part, 0), d, load_part(<const stored*> hi + p, part, 0),
+                load_part(<const stored*> scale + p, part, 0),
+                load_part(<const stored*> shift + p, part, 0), none, dy != NULL))
+            p += part
+            part = 0
 
 
 # ---- from sums to statistics -------------------------------------------------------------
