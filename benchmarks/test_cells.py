@@ -12,7 +12,10 @@ from fastnorm.bench import cells, contenders, run
 
 THREADS = 2
 QUICK = set(cells.cells(quick=True))
-WHO = {"floor": lambda problem: run.floors(problem)["floor streaming"]} | contenders.available(("fastnorm", "PyTorch"))
+WHO = {
+    "floor": lambda problem: run.floors(problem)["floor streaming"],
+    **contenders.available(("fastnorm", "PyTorch")),
+}
 
 
 def cell_id(cell):

@@ -7,7 +7,8 @@ cnp.import_array()
 
 
 cdef extern from "floor.h" nogil:
-    void floor_move(char* out, const char* a, const char* b, int64_t bytes, bint stream, int threads)
+    void floor_move(
+        char* out, const char* a, const char* b, int64_t bytes, bint stream, int threads)
 
 
 def move(cnp.ndarray out, cnp.ndarray a, b, bint stream, int threads):

@@ -326,7 +326,8 @@ cdef void finish_slice(const plan* p, int64_t b) noexcept nogil:
                 c = r * p.channels + channel
                 hi[c] = <work> mean
                 hi[p.padded + c] = <work> scale
-                hi[2 * p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
+                hi[2 * p.padded + c] = <work> (
+                    <double> (<const work*> t.bias)[channel] - lo * scale)
 
 
 cdef void start_slice(const plan* p, int64_t b) noexcept nogil:

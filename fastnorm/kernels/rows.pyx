@@ -3,7 +3,8 @@
 Sets are numbered in memory order, set = b_index*g + g_index. A set, or a block of neighbouring
 ones, is finished while it is in the second-level cache, so that a forward reads x once and
 writes y once, a backward reads dy and x once and writes dx once. Sets too few and too large
-for that are split into tiles and read twice.
+for that are split into tiles and read twice; sets of short runs are summed as slabs (1.3 to 1.5
+times faster at 7x7 than run by run).
 
 What lost, measured on one core with AVX-512: the sums of four rows of 768 before the first map
 (1.2 times as long), asking for the next row early where sets are one run (1.0 to 1.1 times), and
@@ -216,7 +217,8 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
         at = stop
 
 
-cdef inline void fetch_group(const plan* p, const void* x, int64_t first, int64_t sets) noexcept nogil:
+cdef inline void fetch_group(const plan* p, const void* x, int64_t first,
+                             int64_t sets) noexcept nogil:
     """Ask for a group in memory order, where its sets alone would be read in short runs."""
     if p.task.o > 1 and p.n < SHORT:
         fetch_runs(<const stored*> x + set_start(p.task, first), p.task.o, p.stride,
@@ -334,8 +336,8 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
         stop = minimum(p.task.o, row + RUN)
         while row < stop:
             count = minimum(STEP, stop - row)
-            sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n, w.hi,
-                     w.s, w.q)
+            sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n,
+                     w.hi, w.s, w.q)
             row += count
         for s in range(sets):
             sums[2 * s] += sum_places(w.s + s * p.n, p.n)
