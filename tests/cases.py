@@ -85,6 +85,7 @@ def large_cases():
     """Shapes that reach every way through the kernels: tiles, blocks, splits, folded columns."""
     return [
         Case("batch", (32, 20, 7, 7)),
+        Case("batch", (300, 50, 5, 5)),
         Case("batch", (9, 3, 61, 67)),
         Case("batch", (2, 3, 300, 301)),
         Case("batch", (3, 2, 70001)),
