@@ -10,8 +10,9 @@ each column, and the map, last tile first, so that the end of the sums' read is 
 Slices that fit the second-level cache take all steps in one unit of work. A larger x is read
 twice and y written once, but for what of x the last-level cache still holds.
 
-What lost: all rows of 64 columns before the next 64 (1.2 to 1.4 times as long at 256 and 1024
-channels, two threads), coefficients read again for every row of 64 columns (1.5 times).
+What lost: all rows of 64 columns before the next 64 (1.1 to 1.2 times as long at 256 and 1024
+channels, two threads); coefficients read again, and plain stores, for every row of 64 columns
+(1.5 times in inference).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.
