@@ -139,6 +139,12 @@ def test_threads_setting():
     assert done.stdout.strip() == "5"
 
 
+def test_environment_names_the_backend():
+    script = "import fastnorm; fastnorm.explain()"
+    done = run(sys.executable, "-c", script, env=os.environ | {"FASTNORM_BACKEND": "reference"})
+    assert "reference  chosen" in done.stdout
+
+
 @pytest.fixture
 def cifar(tmp_path):
     """A few images in the format of the CIFAR-10 python batches; the label is the red."""

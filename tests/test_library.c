@@ -231,6 +231,7 @@ static void backwards_pool(void *user, int64_t n, void (*body)(void *, int64_t),
 static void test_options(void)
 {
     static float again[SIZE];
+    static char odd[sizeof x + 4], odd_y[sizeof y + 4];
     fastnorm_forward_args args = forward_args();
     fastnorm_options options = default_options();
     size_t bytes = 0;
@@ -248,6 +249,13 @@ static void test_options(void)
     poison();
     CHECK(fastnorm_forward(&shape, &args, &options) == FASTNORM_OK);
     CHECK(pool_calls > 0 && memcmp(again, y, sizeof y) == 0);
+    memcpy(odd + 1, x, sizeof x); /* misaligned */
+    args.x = odd + 1;
+    args.y = odd_y + 3;
+    options = default_options();
+    CHECK(fastnorm_forward(&shape, &args, &options) == FASTNORM_OK);
+    CHECK(memcmp(again, odd_y + 3, sizeof y) == 0);
+    args.x = x;
     args.y = x; /* in place */
     options = default_options();
     CHECK(fastnorm_forward(&shape, &args, &options) == FASTNORM_OK);
