@@ -12,7 +12,8 @@ twice and y written once, but for what of x the last-level cache still holds.
 
 What lost: all rows of 64 columns before the next 64 (1.1 to 1.2 times as long at 256 and 1024
 channels, two threads); coefficients read again, and plain stores, for every row of 64 columns
-(1.5 times in inference).
+(1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5 times with
+streaming, the same in cache).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.
@@ -61,7 +62,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.tile_rows = maximum(TILE_ROWS, maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width)))
     p.tiles = ceil_div(p.rows, p.tile_rows)
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
-    # All rows of a run at once where the sums fit registers, else as many as prefetchers follow.
+    # All rows of a run at once where the sums fit registers.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
     # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale.
     p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
@@ -357,7 +358,6 @@ cdef void slice_finish(void* context, int64_t index) noexcept nogil:
 
 cdef void slice_map(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
-    index = p.batch * p.tiles - 1 - index
     map_tile(p, p.b0 + index // p.tiles, index % p.tiles)
 
 
@@ -377,15 +377,15 @@ cdef void run_batch(plan* p) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t bytes = t.o * p.channels * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
     if t.given and t.dy == NULL:
-        fn_parallel_for(t, p.batch, slice_finish, p)
-        fn_parallel_for(t, p.batch * p.tiles, slice_map, p)
+        fn_parallel_for(t, p.batch, slice_finish, p, False)
+        fn_parallel_for(t, p.batch * p.tiles, slice_map, p, True)
     elif p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
-        fn_parallel_for(t, p.batch, slice_whole, p)
+        fn_parallel_for(t, p.batch, slice_whole, p, False)
     else:
-        fn_parallel_for(t, p.batch, slice_start, p)
-        fn_parallel_for(t, p.batch * p.tiles, slice_sums, p)
-        fn_parallel_for(t, p.batch, slice_finish, p)
-        fn_parallel_for(t, p.batch * p.tiles, slice_map, p)
+        fn_parallel_for(t, p.batch, slice_start, p, False)
+        fn_parallel_for(t, p.batch * p.tiles, slice_sums, p, False)
+        fn_parallel_for(t, p.batch, slice_finish, p, False)
+        fn_parallel_for(t, p.batch * p.tiles, slice_map, p, True)
 
 
 cdef public void columns_forward(const fn_task* t) noexcept nogil:

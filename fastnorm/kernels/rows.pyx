@@ -394,7 +394,6 @@ cdef void forward_tile_map(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef int64_t r0, r1, p0, p1, r, set_
     # Last tile first: the end of what the sums read is what is still in cache.
-    index = p.sets * p.tiles - 1 - index
     set_ = index // p.tiles
     tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
@@ -426,9 +425,9 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
     if t.given:
         for set_ in range(t.g):
             p.partial[set_] = 1.0 / sqrt(t.var[set_] + t.eps)
-        fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p)
+        fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p, False)
     elif few_and_large(&p):
-        fn_parallel_for(t, p.sets * p.tiles, forward_tile_sums, &p)
+        fn_parallel_for(t, p.sets * p.tiles, forward_tile_sums, &p, False)
         for set_ in range(p.sets):
             sums[0] = sums[1] = 0
             for tile in range(set_ * p.tiles, (set_ + 1) * p.tiles):
@@ -437,11 +436,11 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
             x = <const stored*> t.x + set_start(t, set_)
             found = p.partial + 2 * (p.sets * p.tiles + set_)
             finish_set(&p, set_, x, sample(&p, x), sums, found, found + 1)
-        fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p)
+        fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p, True)
     elif in_slabs(t):
-        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p)
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
     else:
-        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p)
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p, False)
 
 
 # ---- backward ----------------------------------------------------------------------------
@@ -676,7 +675,6 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     cdef int64_t set_, k0, k1, tile, k, r0, r1, p0, p1, r
     cdef double* over_set
     cdef terms c
-    index = p.sets * ceil_div(t.k, p.channels) * p.tiles - 1 - index
     unit_bounds(p, index, &set_, &k0, &k1, &tile)
     over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
     start_terms(t, set_, &c)
@@ -697,7 +695,7 @@ cdef void backward_split(plan* p) noexcept nogil:
     cdef double* over_set
     cdef double sums[2]
     cdef terms c
-    fn_parallel_for(t, units, backward_tile_sums, p)
+    fn_parallel_for(t, units, backward_tile_sums, p, False)
     for set_ in range(p.sets):
         over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
         over_set[0] = over_set[1] = 0
@@ -709,7 +707,7 @@ cdef void backward_split(plan* p) noexcept nogil:
                 sums[1] += part[1]
                 part += 2
             add_channel(p, set_, k, sums, &c, t.dweight, t.dbias, over_set)
-    fn_parallel_for(t, units, backward_tile_map, p)
+    fn_parallel_for(t, units, backward_tile_map, p, True)
 
 
 cdef public void rows_backward(const fn_task* t) noexcept nogil:
@@ -725,11 +723,11 @@ cdef public void rows_backward(const fn_task* t) noexcept nogil:
     for j in range(2 * p.b_tiles * size):
         p.partial[j] = 0
     if t.i == 1:
-        fn_parallel_for(t, p.b_tiles * t.g, backward_elements, &p)
+        fn_parallel_for(t, p.b_tiles * t.g, backward_elements, &p, False)
     elif in_slabs(t):
-        fn_parallel_for(t, p.blocks, backward_slabs, &p)
+        fn_parallel_for(t, p.blocks, backward_slabs, &p, False)
     else:
-        fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p)
+        fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p, False)
     for tile in range(p.b_tiles):
         for j in range(size):
             t.dweight[j] += p.partial[2 * tile * size + j]

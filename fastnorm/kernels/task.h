@@ -42,7 +42,7 @@ typedef struct fn_kernels {
 
 /* parallel.c */
 typedef void (*fn_body)(void *context, int64_t index);
-void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context);
+void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context, int backwards);
 int fn_available_threads(void);
 
 /* cpu.c: NULL where this processor or build lacks the level */
