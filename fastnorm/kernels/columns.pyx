@@ -28,6 +28,7 @@ cdef enum:
     WIDE = 64  # and at least this
     MAX_TILES = 32
     TILE = 32768  # values in a tile, at least
+    STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
     TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
 
 
@@ -196,7 +197,7 @@ cdef inline int64_t map_rows_down(
 cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
-    cdef int64_t at = b * t.o * p.channels + row * p.width, n = p.width
+    cdef int64_t at = b * t.o * p.channels + row * p.width, n, c = 0, _r
     cdef const work* hi = coefficients_of(p, b)
     cdef const work* scale = hi + p.padded
     cdef const work* shift = scale + p.padded
@@ -205,15 +206,18 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         row += map_rows_down(p, at, stop - row, hi, 4)
     elif p.width == 3 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 3)
-    at = b * t.o * p.channels + row * p.width
+    while c < p.width:
+        n = minimum(STRIP, p.width - c)
+        at = b * t.o * p.channels + row * p.width + c
+        for _r in range(row, stop):
+            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n,
+                    hi + c, scale + c, shift + c, dscale + c, t.stream)
+            at += p.width
+        c += n
     if tile == p.tiles - 1 and p.rest > 0:
-        stop += 1
-    while row < stop:
-        n = p.width if row < p.rows else p.rest
-        map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n, hi,
-                scale, shift, dscale, t.stream)
-        at += n
-        row += 1
+        at = (b + 1) * t.o * p.channels - p.rest
+        map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
+                p.rest, hi, scale, shift, dscale, t.stream)
     if t.stream:
         stream_end()
 
