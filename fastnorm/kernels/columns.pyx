@@ -13,13 +13,14 @@ twice and y written once, but for what of x the last-level cache still holds.
 What lost: all rows of 64 columns before the next 64 (1.1 to 1.2 times as long at 256 and 1024
 channels, two threads); coefficients read again, and plain stores, for every row of 64 columns
 (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5 times with
-streaming, the same in cache).
+streaming, the same in cache); all steps of a strip of columns that fits the second-level cache
+(1.1 to 1.5 times).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.
 """
 
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.words cimport *
 
@@ -45,6 +46,7 @@ cdef struct plan:
     int64_t batch
     int64_t padded  # width, in whole vectors
     int64_t step  # rows summed before the next columns are
+    int64_t strip  # columns that are started and finished by one thread
     int64_t tile_slot  # bytes of scratch for a tile
     int64_t slot  # and for a slice
 
@@ -65,6 +67,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
+    p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
     # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale.
     p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
                    + 2 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
@@ -137,14 +140,16 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         flush_columns(p.rest, q, total + p.width)
 
 
-cdef void merge_tiles(const plan* p, int64_t b) noexcept nogil:
+cdef void merge_tiles(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     """Into the sums of tile 0."""
     cdef double* into = sums_of(p, b, 0)
     cdef const double* part
     cdef int64_t tile, c
     for tile in range(1, p.tiles):
         part = sums_of(p, b, tile)
-        for c in range(2 * p.width):
+        for c in range(c0, c1):
+            into[c] = into[c] + part[c]
+        for c in range(p.width + c0, p.width + c1):
             into[c] = into[c] + part[c]
 
 
@@ -225,7 +230,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
 # ---- forward -----------------------------------------------------------------------------
 
 
-cdef void sample_columns(const plan* p, int64_t b) noexcept nogil:
+cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     """about = a value near each column's mean, exactly the constant for a constant column."""
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
@@ -234,15 +239,16 @@ cdef void sample_columns(const plan* p, int64_t b) noexcept nogil:
     cdef const stored* sampled
     cdef int64_t c, j, count = minimum(2 * SAMPLES, p.rows)
     cdef double inverse = 1.0 / <double> count
-    memset(total, 0, p.width * sizeof(double))
+    for c in range(c0, c1):
+        total[c] = 0
     if t.has_mean:
         for j in range(1, count):
             sampled = x + j * p.rows // count * p.width
-            for c in range(p.width):
+            for c in range(c0, c1):
                 total[c] = total[c] + (<double> widen(sampled[c]) - <double> widen(x[c]))
-        for c in range(p.width):
+        for c in range(c0, c1):
             total[c] = <double> widen(x[c]) + total[c] * inverse
-    for c in range(p.width):
+    for c in range(c0, c1):
         about[c] = <work> total[c] if fabs(total[c]) < 1e37 else <work> 0
 
 
@@ -260,7 +266,7 @@ cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
         sums[1] += d * d
 
 
-cdef void column_moments(const plan* p, int64_t b) noexcept nogil:
+cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     """Turn the merged sums of each column into its mean and its sum of squares about it."""
     cdef const fn_task* t = p.task
     cdef const work* about = coefficients_of(p, b)
@@ -270,7 +276,7 @@ cdef void column_moments(const plan* p, int64_t b) noexcept nogil:
     cdef double count, mean
     cdef double whole = 1.0 / <double> p.rows, and_one = 1.0 / <double> (p.rows + 1)
     cdef int64_t c
-    for c in range(p.width):
+    for c in range(c0, c1):
         count = <double> count_of(p, c)
         if not t.has_mean:
             s[c] = 0
@@ -290,88 +296,142 @@ cdef void column_moments(const plan* p, int64_t b) noexcept nogil:
             q[c] = q[c] - mean * mean * count
 
 
-cdef void finish_slice(const plan* p, int64_t b) noexcept nogil:
-    """Statistics of each group (Chan's merge of its columns), then coefficients of each column."""
+cdef void merge_columns(const plan* p, int64_t b) noexcept nogil:
+    """Chan's merge: the moments of each column become those of each group, g in place g, where
+    only columns of the groups before it were."""
     cdef const fn_task* t = p.task
     cdef double* means = sums_of(p, b, 0)
     cdef double* squares = means + p.width
-    cdef work* hi = coefficients_of(p, b)
-    cdef double first, mean, m2, lo, rstd, scale, d
-    cdef int64_t g, c, r, at, channel
-    if not t.given:
-        merge_tiles(p, b)
-        column_moments(p, b)
+    cdef double first, mean, m2, d
+    cdef int64_t g, c, r
     for g in range(t.g):
-        if t.given:
-            mean = t.mean[g]
-            m2 = t.var[g] * <double> (t.o * t.k)
-        else:
-            first = means[g * t.k]
-            mean = m2 = 0
-            for r in range(p.copies):
-                for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
-                    mean += (means[c] - first) * <double> count_of(p, c)
-            mean = first + mean / <double> (t.o * t.k)
-            for r in range(p.copies):
-                for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
-                    d = means[c] - mean
-                    m2 += squares[c] + d * d * <double> count_of(p, c)
-        rstd = 1.0 / sqrt(m2 / <double> (t.o * t.k) + t.eps)
-        at = b * t.g + g
-        if not t.given:
-            if t.mean != NULL:
-                t.mean[at] = mean
-            if t.var != NULL:
-                t.var[at] = m2 / <double> (t.o * t.k)
-            if t.rstd != NULL:
-                t.rstd[at] = rstd
-        lo = mean - <double> (<work> mean)
-        for channel in range(g * t.k, (g + 1) * t.k):
-            scale = rstd * <double> (<const work*> t.weight)[channel]
-            for r in range(p.copies):
-                c = r * p.channels + channel
-                hi[c] = <work> mean
-                hi[p.padded + c] = <work> scale
-                hi[2 * p.padded + c] = <work> (
-                    <double> (<const work*> t.bias)[channel] - lo * scale)
+        first = means[g * t.k]
+        mean = m2 = 0
+        for r in range(p.copies):
+            for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
+                mean += (means[c] - first) * <double> count_of(p, c)
+        mean = first + mean / <double> (t.o * t.k)
+        for r in range(p.copies):
+            for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
+                d = means[c] - mean
+                m2 += squares[c] + d * d * <double> count_of(p, c)
+        means[g] = mean
+        squares[g] = m2
 
 
-cdef void start_slice(const plan* p, int64_t b) noexcept nogil:
-    if p.task.dy == NULL:
-        sample_columns(p, b)
+cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1) noexcept nogil:
+    """Statistics of the groups [g0, g1) out, coefficients of their columns in.
+
+    Whole loops over arrays, so that the divisions and roots are vectors'."""
+    cdef const fn_task* t = p.task
+    cdef double* means = sums_of(p, b, 0)
+    cdef double* rstds = means + p.width
+    cdef const work* weight = <const work*> t.weight
+    cdef const work* bias = <const work*> t.bias
+    cdef work* hi = coefficients_of(p, b)
+    cdef work* scale = hi + p.padded
+    cdef work* shift = scale + p.padded
+    cdef double inverse = 1.0 / <double> (t.o * t.k), eps = t.eps, scaled
+    cdef int64_t g, c, r, at = b * t.g
+    if not t.given:
+        if t.mean != NULL:
+            memcpy(t.mean + at + g0, means + g0, (g1 - g0) * sizeof(double))
+        for g in range(g0, g1):
+            rstds[g] = rstds[g] * inverse
+        if t.var != NULL:
+            memcpy(t.var + at + g0, rstds + g0, (g1 - g0) * sizeof(double))
+    for g in range(g0, g1):
+        rstds[g] = 1.0 / sqrt(rstds[g] + eps)
+    if not t.given and t.rstd != NULL:
+        memcpy(t.rstd + at + g0, rstds + g0, (g1 - g0) * sizeof(double))
+    if t.k == 1:
+        for c in range(g0, g1):
+            scaled = rstds[c] * <double> weight[c]
+            hi[c] = <work> means[c]
+            scale[c] = <work> scaled
+            shift[c] = <work> (<double> bias[c] - (means[c] - <double> hi[c]) * scaled)
     else:
-        start_backward(p, b)
+        for g in range(g0, g1):
+            for c in range(g * t.k, (g + 1) * t.k):
+                scaled = rstds[g] * <double> weight[c]
+                hi[c] = <work> means[g]
+                scale[c] = <work> scaled
+                shift[c] = <work> (<double> bias[c] - (means[g] - <double> hi[c]) * scaled)
+    for r in range(1, p.copies):
+        for c in range(3):
+            memcpy(hi + c * p.padded + r * p.channels, hi + c * p.padded,
+                   p.channels * sizeof(work))
 
 
-cdef void slice_start(void* context, int64_t index) noexcept nogil:
-    start_slice(<const plan*> context, (<const plan*> context).b0 + index)
+cdef void finish_forward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef double* means = sums_of(p, b, 0)
+    if t.given:
+        memcpy(means, t.mean, t.g * sizeof(double))
+        memcpy(means + p.width, t.var, t.g * sizeof(double))
+    else:
+        merge_tiles(p, b, c0, c1)
+        column_moments(p, b, c0, c1)
+        if t.k > 1 or p.copies > 1:
+            merge_columns(p, b)
+    # Strips cut columns that are groups.
+    forward_coefficients(p, b, c0, minimum(t.g, c1))
 
 
-cdef void slice_sums(void* context, int64_t index) noexcept nogil:
+# ---- units of work -------------------------------------------------------------------------
+
+
+cdef void start_strip(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
+    if p.task.dy == NULL:
+        sample_columns(p, b, c0, c1)
+    else:
+        start_backward(p, b, c0, c1)
+
+
+cdef void finish_strip(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
+    if p.task.dy == NULL:
+        finish_forward(p, b, c0, c1)
+    else:
+        finish_backward(p, b, c0, c1)
+
+
+cdef inline void strip_bounds(const plan* p, int64_t index, int64_t* b, int64_t* c0,
+                              int64_t* c1) noexcept nogil:
+    cdef int64_t strips = ceil_div(p.width, p.strip)
+    b[0] = p.b0 + index // strips
+    c0[0] = index % strips * p.strip
+    c1[0] = minimum(p.width, c0[0] + p.strip)
+
+
+cdef void unit_start(void* context, int64_t index) noexcept nogil:
+    cdef int64_t b, c0, c1
+    strip_bounds(<const plan*> context, index, &b, &c0, &c1)
+    start_strip(<const plan*> context, b, c0, c1)
+
+
+cdef void unit_sums(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     sum_tile(p, p.b0 + index // p.tiles, index % p.tiles)
 
 
-cdef void slice_finish(void* context, int64_t index) noexcept nogil:
-    cdef const plan* p = <const plan*> context
-    if p.task.dy == NULL:
-        finish_slice(p, p.b0 + index)
-    else:
-        finish_backward(p, p.b0 + index)
+cdef void unit_finish(void* context, int64_t index) noexcept nogil:
+    cdef int64_t b, c0, c1
+    strip_bounds(<const plan*> context, index, &b, &c0, &c1)
+    finish_strip(<const plan*> context, b, c0, c1)
 
 
-cdef void slice_map(void* context, int64_t index) noexcept nogil:
+cdef void unit_map(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     map_tile(p, p.b0 + index // p.tiles, index % p.tiles)
 
 
-cdef void slice_whole(void* context, int64_t index) noexcept nogil:
+cdef void unit_whole(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef int64_t b = p.b0 + index, tile
-    start_slice(p, b)
+    start_strip(p, b, 0, p.width)
     for tile in range(p.tiles):
         sum_tile(p, b, tile)
-    slice_finish(context, index)
+    finish_strip(p, b, 0, p.width)
     for tile in range(p.tiles - 1, -1, -1):
         map_tile(p, b, tile)
 
@@ -380,16 +440,17 @@ cdef void run_batch(plan* p) noexcept nogil:
     """All steps of the slices [b0, b0 + batch)."""
     cdef const fn_task* t = p.task
     cdef int64_t bytes = t.o * p.channels * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
+    cdef int64_t strips = p.batch * ceil_div(p.width, p.strip)
     if t.given and t.dy == NULL:
-        fn_parallel_for(t, p.batch, slice_finish, p, False)
-        fn_parallel_for(t, p.batch * p.tiles, slice_map, p, True)
+        finish_forward(p, p.b0, 0, p.width)
+        fn_parallel_for(t, p.tiles, unit_map, p, True)
     elif p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
-        fn_parallel_for(t, p.batch, slice_whole, p, False)
+        fn_parallel_for(t, p.batch, unit_whole, p, False)
     else:
-        fn_parallel_for(t, p.batch, slice_start, p, False)
-        fn_parallel_for(t, p.batch * p.tiles, slice_sums, p, False)
-        fn_parallel_for(t, p.batch, slice_finish, p, False)
-        fn_parallel_for(t, p.batch * p.tiles, slice_map, p, True)
+        fn_parallel_for(t, strips, unit_start, p, False)
+        fn_parallel_for(t, p.batch * p.tiles, unit_sums, p, False)
+        fn_parallel_for(t, strips, unit_finish, p, False)
+        fn_parallel_for(t, p.batch * p.tiles, unit_map, p, True)
 
 
 cdef public void columns_forward(const fn_task* t) noexcept nogil:
@@ -405,17 +466,15 @@ cdef public void columns_forward(const fn_task* t) noexcept nogil:
 # ---- backward ----------------------------------------------------------------------------
 
 
-cdef void start_backward(const plan* p, int64_t b) noexcept nogil:
+cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef work* hi = coefficients_of(p, b)
-    cdef int64_t r, g, c
-    for r in range(p.copies):
-        for g in range(t.g):
-            for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
-                hi[c] = <work> t.mean[b * t.g + g] if t.has_mean else <work> 0
+    cdef int64_t c
+    for c in range(c0, c1):
+        hi[c] = <work> t.mean[b * t.g + c % p.channels // t.k] if t.has_mean else <work> 0
 
 
-cdef void finish_backward(const plan* p, int64_t b) noexcept nogil:
+cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     """Merged sums of each channel, the means over each group, and the coefficients of
 
         dx = dy*rstd*weight + (x - hi)*scale + shift.
@@ -427,31 +486,33 @@ cdef void finish_backward(const plan* p, int64_t b) noexcept nogil:
     cdef double* q = s + p.width
     cdef work* hi = coefficients_of(p, b)
     cdef double mean, lo, rstd, m1, m2, count = <double> (t.o * t.k)
-    cdef int64_t g, c, r, channel
-    merge_tiles(p, b)
+    cdef int64_t g, c, r
+    merge_tiles(p, b, c0, c1)
     for r in range(1, p.copies):
         for c in range(p.channels):
             s[c] += s[r * p.channels + c]
             q[c] += q[r * p.channels + c]
-    for g in range(t.g):
+    for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
         mean = t.mean[b * t.g + g] if t.has_mean else 0
         rstd = t.rstd[b * t.g + g]
         lo = mean - <double> (<work> mean)
         m1 = m2 = 0
-        for channel in range(g * t.k, (g + 1) * t.k):
-            q[channel] = rstd * (q[channel] - lo * s[channel])
-            m1 += <double> weight[channel] * s[channel]
-            m2 += <double> weight[channel] * q[channel]
+        for c in range(g * t.k, (g + 1) * t.k):
+            q[c] = rstd * (q[c] - lo * s[c])
+            m1 += <double> weight[c] * s[c]
+            m2 += <double> weight[c] * q[c]
         m1 = m1 / count if t.has_mean else 0
         m2 = m2 / count
         if t.given:
             m1 = m2 = 0
-        for channel in range(g * t.k, (g + 1) * t.k):
-            for r in range(p.copies):
-                c = r * p.channels + channel
-                hi[p.padded + c] = <work> (-rstd * rstd * m2)
-                hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
-                hi[3 * p.padded + c] = <work> (rstd * <double> weight[channel])
+        for c in range(g * t.k, (g + 1) * t.k):
+            hi[p.padded + c] = <work> (-rstd * rstd * m2)
+            hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
+            hi[3 * p.padded + c] = <work> (rstd * <double> weight[c])
+    for r in range(1, p.copies):
+        for c in range(1, 4):
+            memcpy(hi + c * p.padded + r * p.channels, hi + c * p.padded,
+                   p.channels * sizeof(work))
 
 
 cdef public void columns_backward(const fn_task* t) noexcept nogil:
