@@ -26,6 +26,7 @@ cdef enum:
     SHORT_RUN = 256  # values in a run, below which sets are summed as slabs
     SHORT = 1024  # values in a run, below which the next one is not foreseen
     ROWS = 8  # rows whose dweight is summed in registers before it meets memory
+    ELEMENTS = 4096  # values of rows whose sums are taken before the first is mapped
 
 
 cdef struct plan:
@@ -289,6 +290,61 @@ cdef void forward_block(void* context, int64_t index) noexcept nogil:
         stream_end()
 
 
+cdef void forward_elements(void* context, int64_t index) noexcept nogil:
+    """forward_block for o == 1 and i == 1, rows with a weight for each place: a few rows at a time,
+    so that divisions and roots of one row do not wait for those of the one before."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef work about[ROWS]
+    cdef double sums[2 * ROWS]
+    cdef double mean[ROWS]
+    cdef double var[ROWS]
+    cdef double s, count = <double> t.k
+    cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), r, rows, g
+    cdef int64_t group = minimum(4, t.l2 // 4 // (t.k * <int64_t> sizeof(stored))), ahead, k, n
+    cdef const stored* x = <const stored*> t.x + set_ * t.k
+    cdef stored* y = <stored*> t.y + set_ * t.k
+    cdef work hi
+    group = maximum(1, minimum(ROWS, maximum(group, ELEMENTS // t.k)))
+    while set_ < end:
+        rows = minimum(group, end - set_)
+        for r in range(rows):
+            about[r] = spread_sample(x + r * t.k, 1, 0, t.k) if t.has_mean else <work> 0
+            sums[2 * r] = sums[2 * r + 1] = 0
+            sum_runs(x + r * t.k, NULL, NULL, 1, 0, t.k, about[r], sums + 2 * r)
+        for r in range(rows):
+            s = sums[2 * r] if t.has_mean else 0
+            if cancels(s, sums[2 * r + 1], count):
+                exact_statistics(p, x + r * t.k, about[r], &mean[r], &var[r])
+            else:
+                mean[r] = about[r] + s * p.inverse
+                var[r] = (sums[2 * r + 1] - s * s * p.inverse) * p.inverse
+        if t.mean != NULL:
+            memcpy(t.mean + set_, mean, rows * sizeof(double))
+        if t.var != NULL:
+            memcpy(t.var + set_, var, rows * sizeof(double))
+        for r in range(rows):
+            var[r] = 1.0 / sqrt(var[r] + t.eps)
+        if t.rstd != NULL:
+            memcpy(t.rstd + set_, var, rows * sizeof(double))
+        ahead = group * t.k if t.stream and set_ + rows < end else 0
+        k = 0
+        while k < t.k:
+            n = minimum(ELEMENTS // 4, t.k - k)
+            for r in range(rows):
+                g = (set_ + r) % t.g * t.k + k if t.g > 1 else k
+                hi = <work> mean[r]
+                scale_elements(x + r * t.k + k, y + r * t.k + k, <const work*> t.weight + g,
+                               <const work*> t.bias + g, n, hi, <work> var[r],
+                               <work> (-(mean[r] - <double> hi) * var[r]), t.stream, ahead)
+            k += n
+        x += rows * t.k
+        y += rows * t.k
+        set_ += rows
+    if t.stream:
+        stream_end()
+
+
 # ---- slabs: short runs of one channel each -------------------------------------------------
 #
 # A group's runs of one sample lie one behind the other: a slab. Sums run down the o slabs,
@@ -437,6 +493,8 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
             found = p.partial + 2 * (p.sets * p.tiles + set_)
             finish_set(&p, set_, x, sample(&p, x), sums, found, found + 1)
         fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p, True)
+    elif t.o == 1 and t.i == 1:
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_elements, &p, False)
     elif in_slabs(t):
         fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
     else:

@@ -133,6 +133,21 @@ typedef double four __attribute__((vector_size(32)));
 
 typedef work eight_work __attribute__((vector_size(8 * sizeof(work))));
 
+/* wide = lanes [8*part, 8*part + 8). */
+static inline void widen_lanes(eight *wide, const vec *lanes, int part)
+{
+#if defined(__AVX512F__) && FN_DTYPE == 32
+    /* gcc converts four at a time otherwise: 1.3 times as long a fold. */
+    __m512d whole = (__m512d)lanes[part / 2];
+    __m256d half = part % 2 ? _mm512_extractf64x4_pd(whole, 1) : _mm512_castpd512_pd256(whole);
+    *wide = (eight)_mm512_cvtps_pd((__m256)half);
+#else
+    eight_work narrow;
+    memcpy(&narrow, (const work *)lanes + 8 * part, sizeof narrow);
+    *wide = __builtin_convertvector(narrow, eight);
+#endif
+}
+
 /* The sum of the lanes, plus `total` where it is not NULL, in double and pairwise: an order that
  * no vector width changes. */
 static inline double fold_lanes(const vec *lanes, const double *total)
@@ -140,9 +155,7 @@ static inline double fold_lanes(const vec *lanes, const double *total)
     eight v[FN_LANES / 8];
     four low, high;
     for (int part = 0; part < FN_LANES / 8; part++) {
-        eight_work narrow;
-        memcpy(&narrow, (const work *)lanes + 8 * part, sizeof narrow);
-        v[part] = __builtin_convertvector(narrow, eight);
+        widen_lanes(&v[part], lanes, part);
         if (total) {
             eight before;
             memcpy(&before, total + 8 * part, sizeof before);
@@ -150,8 +163,13 @@ static inline double fold_lanes(const vec *lanes, const double *total)
         }
     }
     v[0] = (v[0] + v[2]) + (v[1] + v[3]);
+#if defined(__AVX512F__)
+    low = (four)_mm512_castpd512_pd256((__m512d)v[0]);
+    high = (four)_mm512_extractf64x4_pd((__m512d)v[0], 1);
+#else
     memcpy(&low, &v[0], sizeof low);
     memcpy(&high, (const double *)&v[0] + 4, sizeof high);
+#endif
     low += high;
     return (low[0] + low[2]) + (low[1] + low[3]);
 }
