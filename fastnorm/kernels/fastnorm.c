@@ -216,13 +216,39 @@ static void put(void *array, int32_t dtype, int64_t at, double value)
     }
 }
 
+/* put of n values, or of n zeros where `values` is NULL. A loop for each type, so that it is one
+ * of vectors: dweight and dbias of 4096 took longer than their sums otherwise. */
+static void put_all(void *array, int32_t dtype, const double *values, int64_t n)
+{
+    if (!array) return;
+    if (dtype == FASTNORM_FLOAT32) {
+        for (int64_t at = 0; at < n; at++) {
+            float narrowed = values ? (float)values[at] : 0.0f;
+            memcpy((char *)array + at * 4, &narrowed, sizeof narrowed);
+        }
+    } else if (values) {
+        memcpy(array, values, (size_t)n * sizeof *values);
+    } else {
+        memset(array, 0, (size_t)n * sizeof *values);
+    }
+}
+
+static void fill(void *array, int32_t dtype, double value, int64_t n)
+{
+    float *narrow = array;
+    double *wide = array;
+    for (int64_t at = 0; at < n; at++)
+        if (dtype == FASTNORM_FLOAT32) narrow[at] = (float)value;
+        else wide[at] = value;
+}
+
 /* The parameters in the working type: as they are where they have it, else a converted copy. */
 static const void *parameters(const void *given, int32_t param_dtype, double otherwise,
                               void *copy, int32_t dtype, int64_t n)
 {
     if (given && param_dtype == dtype && (uintptr_t)given % dtype_size(dtype) == 0) return given;
-    for (int64_t at = 0; at < n; at++)
-        put(copy, dtype, at, given ? get(given, param_dtype, at) : otherwise);
+    if (!given) fill(copy, dtype, otherwise, n);
+    else for (int64_t at = 0; at < n; at++) put(copy, dtype, at, get(given, param_dtype, at));
     return copy;
 }
 
@@ -411,10 +437,8 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
 
     const int64_t channels = geometry->g * geometry->k;
     if (is_empty(geometry)) {
-        for (int64_t at = 0; at < channels; at++) {
-            if (args->dweight) put(args->dweight, params, at, 0);
-            if (args->dbias) put(args->dbias, params, at, 0);
-        }
+        put_all(args->dweight, params, NULL, channels);
+        put_all(args->dbias, params, NULL, channels);
         return FASTNORM_OK;
     }
     TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
@@ -435,10 +459,8 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.scratch = part.scratch;
     choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
     (in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
-    for (int64_t at = 0; at < channels; at++) {
-        if (args->dweight) put(args->dweight, params, at, part.dweight[at]);
-        if (args->dbias) put(args->dbias, params, at, part.dbias[at]);
-    }
+    put_all(args->dweight, params, part.dweight, channels);
+    put_all(args->dbias, params, part.dbias, channels);
     free(allocated);
     return FASTNORM_OK;
 }

@@ -25,8 +25,9 @@ cdef enum:
     SLAB = 2048  # places of a slab
     SHORT_RUN = 256  # values in a run, below which sets are summed as slabs
     SHORT = 1024  # values in a run, below which the next one is not foreseen
-    ROWS = 8  # rows whose dweight is summed in registers before it meets memory
-    ELEMENTS = 4096  # values of rows whose sums are taken before the first is mapped
+    ROWS = 8  # rows with a weight for each place that are summed before the first is mapped,
+    ELEMENTS = 4096  # but in a forward no more values than this, or than fit a cache
+    STRIP = 1024  # columns whose weights and sums stay in the first-level cache
 
 
 cdef struct plan:
@@ -330,7 +331,7 @@ cdef void forward_elements(void* context, int64_t index) noexcept nogil:
         ahead = group * t.k if t.stream and set_ + rows < end else 0
         k = 0
         while k < t.k:
-            n = minimum(ELEMENTS // 4, t.k - k)
+            n = minimum(STRIP, t.k - k)
             for r in range(rows):
                 g = (set_ + r) % t.g * t.k + k if t.g > 1 else k
                 hi = <work> mean[r]
@@ -631,39 +632,64 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
         first += sets
 
 
-cdef inline void backward_rows_chunk(
-    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const work* weight, const terms* c, double* dweight, double* dbias, bint streaming
+cdef inline void backward_vec(
+    const stored* x, const stored* dy, stored* y, int64_t stride, int64_t n, const work* weight,
+    const vec* hi, const vec* rstd, const vec* offset, const vec* scale, const vec* shift,
+    work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows
 ) noexcept nogil:
-    """One vec of columns, or a tail of n, down at most ROWS rows."""
-    cdef vec w, d, u, rstd
-    cdef vec sum_w = splat(0)
-    cdef vec sum_b = splat(0)
-    cdef work a[MOST_WIDTH]
-    cdef work b[MOST_WIDTH]
-    cdef int64_t r, j
-    w = load_work(weight) if n == WIDTH else load_part(<const stored*> weight, n, 0)
+    """One vec of columns of one or two rows, or a tail of n."""
+    cdef vec d, u
+    cdef vec a = load_work(sum_w)
+    cdef vec b = load_work(sum_b)
+    cdef vec w = load_work(weight) if n == WIDTH else load_part(<const stored*> weight, n, 0)
+    cdef int r
     for r in range(rows):
-        rstd = splat(<work> c[r].rstd)
+        if ahead:
+            fetch(x + r * stride + ahead)
+            fetch(dy + r * stride + ahead)
         if n == WIDTH:
-            d = load(x + r * stride)
+            d = load(x + r * stride) - hi[r]
             u = load(dy + r * stride)
         else:
-            d = load_part(x + r * stride, n, c[r].hi)
+            d = load_part(x + r * stride, n, 0) - hi[r]
             u = load_part(dy + r * stride, n, 0)
-        d = d - splat(c[r].hi)
-        sum_w = sum_w + u * (d * rstd + splat(c[r].offset))
-        sum_b = sum_b + u
-        d = d * splat(c[r].scale) + splat(c[r].shift) + u * w * rstd
+        a = a + u * (d * rstd[r] + offset[r])
+        b = b + u
+        d = d * scale[r] + shift[r] + u * w * rstd[r]
         if n == WIDTH:
             put(y + r * stride, d, streaming)
         else:
             store_part(y + r * stride, n, d)
-    memcpy(a, &sum_w, sizeof(vec))
-    memcpy(b, &sum_b, sizeof(vec))
-    for j in range(n):
-        dweight[j] = dweight[j] + <double> a[j]
-        dbias[j] = dbias[j] + <double> b[j]
+    memcpy(sum_w, &a, sizeof(vec))
+    memcpy(sum_b, &b, sizeof(vec))
+
+
+cdef inline void backward_rows(
+    const stored* x, const stored* dy, stored* y, int64_t stride, int64_t n, const work* weight,
+    const terms* c, work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows
+) noexcept nogil:
+    """dx of n columns of one or two rows; dweight and dbias onto sum_w and sum_b, which have room
+    for whole vectors."""
+    cdef vec hi[2]
+    cdef vec rstd[2]
+    cdef vec offset[2]
+    cdef vec scale[2]
+    cdef vec shift[2]
+    cdef int64_t p = 0
+    cdef int r
+    for r in range(rows):
+        hi[r] = splat(c[r].hi)
+        rstd[r] = splat(<work> c[r].rstd)
+        offset[r] = splat(c[r].offset)
+        scale[r] = splat(c[r].scale)
+        shift[r] = splat(c[r].shift)
+    while p + WIDTH <= n:
+        backward_vec(x + p, dy + p, y + p, stride, WIDTH, weight + p, hi, rstd, offset, scale,
+                     shift, sum_w + p, sum_b + p, streaming, ahead, rows)
+        p += WIDTH
+    if p < n:
+        backward_vec(x + p, dy + p, y + p, stride, n - p, weight + p, hi, rstd, offset, scale,
+                     shift, sum_w + p, sum_b + p, False, ahead, rows)
 
 
 cdef void backward_elements(void* context, int64_t index) noexcept nogil:
@@ -671,9 +697,13 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef terms c[ROWS]
+    cdef work sum_w[STRIP + MOST_WIDTH]
+    cdef work sum_b[STRIP + MOST_WIDTH]
     cdef double sums[2]
-    cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k, b, at, r, rows, j
+    cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k, b, at, r, rows, k, n, j, ahead
     cdef int64_t end = (b_tile + 1) * t.b // p.b_tiles
+    # By the geometry alone: dweight meets a double after this many rows.
+    cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k))
     cdef const stored* x = <const stored*> t.x
     cdef const stored* dy = <const stored*> t.dy
     cdef stored* y = <stored*> t.y
@@ -683,22 +713,31 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
                         and t.k * <int64_t> sizeof(stored) % 64 == 0)
     b = b_tile * t.b // p.b_tiles
     while b < end:
-        rows = minimum(ROWS, end - b)
+        rows = minimum(group, end - b)
         for r in range(rows):
             at = (b + r) * size + g * t.k
             start_terms(t, (b + r) * t.g + g, &c[r])
             sums[0] = sums[1] = 0
             sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
             finish_terms(t, sums[0], sums[1], &c[r])
-        at = b * size + g * t.k
-        j = 0
-        while j + WIDTH <= t.k:
-            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, WIDTH, weight + j,
-                                c, dweight + j, dweight + size + j, stream)
-            j += WIDTH
-        if j < t.k:
-            backward_rows_chunk(x + at + j, dy + at + j, y + at + j, rows, size, t.k - j,
-                                weight + j, c, dweight + j, dweight + size + j, False)
+        ahead = group * size if t.stream and b + rows < end else 0
+        k = 0
+        while k < t.k:
+            n = minimum(STRIP, t.k - k)
+            memset(sum_w, 0, (n + MOST_WIDTH) * sizeof(work))
+            memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
+            at = b * size + g * t.k + k
+            for r in range(0, rows - 1, 2):
+                backward_rows(x + at, dy + at, y + at, size, n, weight + k, c + r, sum_w, sum_b,
+                              stream, ahead, 2)
+                at += 2 * size
+            if rows % 2 == 1:
+                backward_rows(x + at, dy + at, y + at, size, n, weight + k, c + rows - 1, sum_w,
+                              sum_b, stream, ahead, 1)
+            for j in range(n):
+                dweight[k + j] += <double> sum_w[j]
+                dweight[size + k + j] += <double> sum_b[j]
+            k += n
         b += rows
     if stream:
         stream_end()
