@@ -22,8 +22,9 @@ cdef enum:
     TILE = 65536  # values in a tile of a set
     FEW = 16  # sets, below which large ones are split
     BLOCK = 64
-    SLAB = 2048  # places of a slab
-    SHORT_RUN = 256  # values in a run, below which sets are summed as slabs
+    SLAB = 1024  # places of a slab, twice as many where outputs are streamed
+    SHORT_RUN = 256  # values in a run, below which sets are summed and mapped as slabs
+    GIVEN_SHORT_RUN = 100  # or only mapped
     SHORT = 1024  # values in a run, below which the next one is not foreseen
     ROWS = 8  # rows with a weight for each place that are summed before the first is mapped,
     ELEMENTS = 4096  # but in a forward no more values than this, or than fit a cache
@@ -50,7 +51,8 @@ cdef struct plan:
 
 cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
     """Whether runs are so short that their ends and their sums by run would cost the most."""
-    return t.b == 1 and t.k == 1 and 1 < t.i < SHORT_RUN and t.o >= 8
+    return (t.b == 1 and t.k == 1 and t.o >= 8
+            and 1 < t.i < (GIVEN_SHORT_RUN if t.given and t.dy == NULL else SHORT_RUN))
 
 
 cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
@@ -73,7 +75,7 @@ cdef void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         # Half the cache for what is under way, half for what map_run asks for.
         p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
         if in_slabs(t):
-            p.group = maximum(1, minimum(p.group, SLAB // n))
+            p.group = maximum(1, minimum(p.group, (2 * SLAB if t.stream else SLAB) // n))
         p.block = maximum(1, t.g // (8 * maximum(1, t.threads)) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     p.b_tiles = minimum(t.b if t.i > 1 else ceil_div(t.b, ROWS),
@@ -355,10 +357,10 @@ cdef void forward_elements(void* context, int64_t index) noexcept nogil:
 cdef struct slab:
     # For each place: the value that sums are about, sums, then what map_row reads. With room
     # for a whole vec behind the last place.
-    work hi[SLAB + 16]
-    work s[SLAB + 16]
-    work q[SLAB + 16]
-    work d[SLAB + 16]
+    work hi[2 * SLAB + 16]
+    work s[2 * SLAB + 16]
+    work q[2 * SLAB + 16]
+    work d[2 * SLAB + 16]
 
 
 cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
@@ -425,12 +427,17 @@ cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
     while first < end:
         sets = minimum(p.group, end - first)
         x = <const stored*> t.x + first * p.n
+        if not t.given:
+            for s in range(sets):
+                about[s] = sample(p, x + s * p.n)
+                fill(w.hi + s * p.n, p.n, about[s])
+            sum_slabs(p, x, NULL, sets, &w, sums)
         for s in range(sets):
-            about[s] = sample(p, x + s * p.n)
-            fill(w.hi + s * p.n, p.n, about[s])
-        sum_slabs(p, x, NULL, sets, &w, sums)
-        for s in range(sets):
-            finish_set(p, first + s, x + s * p.n, about[s], sums + 2 * s, &mean, &rstd)
+            if t.given:
+                mean = t.mean[first + s]
+                rstd = p.partial[first + s]
+            else:
+                finish_set(p, first + s, x + s * p.n, about[s], sums + 2 * s, &mean, &rstd)
             scale = rstd * <double> (<const work*> t.weight)[first + s]
             fill(w.hi + s * p.n, p.n, <work> mean)
             fill(w.s + s * p.n, p.n, <work> scale)
@@ -482,6 +489,9 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
     if t.given:
         for set_ in range(t.g):
             p.partial[set_] = 1.0 / sqrt(t.var[set_] + t.eps)
+    if in_slabs(t):
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
+    elif t.given:
         fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p, False)
     elif few_and_large(&p):
         fn_parallel_for(t, p.sets * p.tiles, forward_tile_sums, &p, False)
@@ -496,8 +506,6 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
         fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p, True)
     elif t.o == 1 and t.i == 1:
         fn_parallel_for(t, ceil_div(p.sets, p.block), forward_elements, &p, False)
-    elif in_slabs(t):
-        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
     else:
         fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p, False)
 
