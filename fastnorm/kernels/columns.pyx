@@ -28,7 +28,7 @@ cdef enum:
     NARROW = 16  # the width of few columns becomes a multiple of this
     WIDE = 64  # and at least this
     MAX_TILES = 32
-    TILE = 32768  # values in a tile, at least
+    TILE = 65536  # values in a tile, about, at least
     STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
     TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
 
@@ -63,6 +63,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.rows = t.o // p.copies
     p.rest = t.o % p.copies * p.channels
     p.tile_rows = maximum(TILE_ROWS, maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width)))
+    p.tile_rows = ceil_div(p.rows, ceil_div(p.rows, p.tile_rows))
     p.tiles = ceil_div(p.rows, p.tile_rows)
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers.
@@ -237,7 +238,7 @@ cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef work* about = coefficients_of(p, b)
     cdef double* total = sums_of(p, b, 0)
     cdef const stored* sampled
-    cdef int64_t c, j, count = minimum(2 * SAMPLES, p.rows)
+    cdef int64_t c, j, count = minimum(p.rows, minimum(2 * SAMPLES, maximum(4, p.rows // 8)))
     cdef double inverse = 1.0 / <double> count
     for c in range(c0, c1):
         total[c] = 0

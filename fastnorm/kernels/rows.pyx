@@ -708,7 +708,8 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
     cdef work sum_w[STRIP + MOST_WIDTH]
     cdef work sum_b[STRIP + MOST_WIDTH]
     cdef double sums[2]
-    cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k, b, at, r, rows, k, n, j, ahead
+    cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k
+    cdef int64_t b, at, r, rows, k, n, j, ahead
     cdef int64_t end = (b_tile + 1) * t.b // p.b_tiles
     # By the geometry alone: dweight meets a double after this many rows.
     cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k))
