@@ -204,6 +204,64 @@ def jax_(problem):
     return lambda: np.asarray(jax.block_until_ready(function(x, weight, bias)))
 
 
+# The operators that ONNX Runtime has a CPU kernel for, all with the channels at axis 1.
+_ONNX_OPERATORS = {
+    "batch_eval": ("BatchNormalization", {}),
+    "group": ("GroupNormalization", {}),
+    "instance": ("InstanceNormalization", {}),
+    "layer": ("LayerNormalization", {"axis": -1}),
+    "rms": ("RMSNormalization", {"axis": -1}),
+}
+
+
+def onnx_runtime(problem):
+    """A model of one node, its output bound to the problem's; forwards of NCHW and rows only."""
+    p, op = problem, problem.cell.op
+    if problem.cell.backward or p.layout == "NHWC" or op not in _ONNX_OPERATORS:
+        return None
+    import onnx
+    import onnxruntime
+    from onnx import helper, numpy_helper
+
+    operator, attributes = _ONNX_OPERATORS[op]
+    if op == "group":
+        attributes = {"num_groups": p.cell.groups}
+    parameters = {"weight": p.weight, "bias": p.bias, "mean": p.mean, "var": p.var}
+    count = {"batch_eval": 4, "rms": 1}.get(op, 2)
+    node = helper.make_node(
+        operator, ["x", *list(parameters)[:count]], ["y"], epsilon=1e-5, **attributes
+    )
+    kind = helper.np_dtype_to_tensor_dtype(p.x.dtype)
+    graph = helper.make_graph(
+        [node], op, *([helper.make_tensor_value_info(name, kind, p.x.shape)] for name in "xy"),
+        [numpy_helper.from_array(a, name) for name, a in list(parameters.items())[:count]],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = p.threads
+    options.log_severity_level = 4
+    # Its threads spin during a run, but not into the turn of the next contender.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:
+        return None
+    binding = session.io_binding()
+    for bind, name, array in (
+        (binding.bind_input, "x", p.x), (binding.bind_output, "y", p.out)
+    ):
+        bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def call():
+        session.run_with_iobinding(binding)
+        return p.out
+
+    return call
+
+
 def available(names=None, quick=False):
     """{name: contender} of those that are installed, fastnorm first."""
     from importlib.util import find_spec
@@ -212,6 +270,7 @@ def available(names=None, quick=False):
         "fastnorm": (native, "fastnorm"),
         "PyTorch": (pytorch, "torch"),
         "torch.compile": (torch_compile, "torch"),
+        "ONNX Runtime": (onnx_runtime, "onnxruntime"),
         "JAX": (jax_, "jax"),
         "NumPy": (numpy_, "numpy"),
     }
