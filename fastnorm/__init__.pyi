@@ -25,7 +25,7 @@ __version__: str
 
 Array = NDArray[Any]
 Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
-Backend = Literal["native", "reference"]
+Backend = Literal["native", "numba", "reference"]
 
 class Statistics:
     mean: NDArray[np.float64]

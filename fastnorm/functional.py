@@ -11,7 +11,7 @@ the channels are the last axis. In all of them:
     out           receives the result and is returned: an array of x's shape and dtype, which
                   may be x itself
     return_stats  also return the Statistics, which the backward needs
-    backend       None (the first that can), "native" or "reference"
+    backend       None (the first that can), "native", "numba" or "reference"
     num_threads   None (as set_num_threads says), 0 (all processors) or a number
     Raises        TypeError for a wrong type or dtype, ValueError for a wrong shape or value
 """

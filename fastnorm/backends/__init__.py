@@ -21,7 +21,8 @@ NO_MEAN = 1
 GIVEN_STATISTICS = 2
 BIASED_RUNNING_VAR = 4
 
-NAMES = ("native", "reference")
+MODULES = {"native": "native", "numba": "numba_cpu", "reference": "reference"}
+NAMES = tuple(MODULES)
 
 _loaded = {}
 
@@ -30,7 +31,7 @@ def load(name):
     """The backend's module, or the reason why it cannot be imported."""
     if name not in _loaded:
         try:
-            _loaded[name] = import_module(f"fastnorm.backends.{name}")
+            _loaded[name] = import_module(f"fastnorm.backends.{MODULES[name]}")
         except ImportError as error:
             _loaded[name] = f"cannot be imported: {error}"
     return _loaded[name]

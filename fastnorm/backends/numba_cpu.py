@@ -1,0 +1,170 @@
+"""The Numba backend: the engine where there is no compiler, and the one to read and to change.
+
+Kernels are compiled at their first call and cached on disk. numba_rows and numba_columns hold the
+two loop orders, numba_words what they are made of, numba_jit how they are compiled and launched.
+"""
+
+import numpy as np
+
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
+from fastnorm.backends import numba_columns as columns
+from fastnorm.backends import numba_rows as rows
+from fastnorm.backends.numba_jit import KERNELS, launched
+from fastnorm.dtypes import TABLE
+
+FEW = 16  # sets, below which large ones are cut into pieces
+TILE = 65536  # values in a piece
+ROW_PARTS = 16  # of rows that sum dweight each for themselves
+
+
+def supports(dtype):
+    return None if dtype in TABLE else f"no kernels for {dtype}"
+
+
+def kernels():
+    """Every kernel, to compile ahead."""
+    return KERNELS
+
+
+class _Alias:
+    """A writable alias of a read-only array, for which kernels would be compiled again. What it
+    stands for is only read."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def _flat(array):
+    return (array if array.flags.writeable else np.asarray(_Alias(array))).reshape(-1)
+
+
+def _parameter(array, dtype, size, otherwise):
+    if array is None:
+        return np.full(size, otherwise, dtype)
+    return _flat(array.astype(dtype, copy=False))
+
+
+def _statistic(array, size):
+    return np.empty(size) if array is None else array
+
+
+def _in_columns(geometry):
+    return geometry.i == 1 and geometry.o > 1
+
+
+def _pieces(n):
+    return -(-n // TILE)
+
+
+def forward(
+    geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
+    num_threads,
+):
+    sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
+    mean, var, rstd = (_statistic(a, sets) for a in (mean, var, rstd))
+    if x.size == 0:
+        mean[:] = var[:] = rstd[:] = 0
+        return
+    given, has_mean = int(bool(flags & GIVEN_STATISTICS)), int(not flags & NO_MEAN)
+    if given:
+        mean[:], var[:] = running_mean, running_var
+        with np.errstate(all="ignore"):
+            rstd[:] = 1 / np.sqrt(var + eps)
+    weight = _parameter(weight, x.dtype, channels, 1)
+    bias = _parameter(bias, x.dtype, channels, 0)
+    flat = (_flat(x), y.reshape(-1))
+    sizes = tuple(geometry)
+    with launched(num_threads, 2 * x.nbytes) as run:
+        if _in_columns(geometry):
+            statistics = (mean, var, rstd)
+            _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given)
+        elif given:
+            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i))
+        elif geometry.i == geometry.o == 1:
+            run(rows.forward_elements, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean)
+        elif sets < FEW and geometry.values > TILE:
+            pieces = _pieces(geometry.k * geometry.i)
+            about = np.empty(sets)
+            partial = np.empty(2 * geometry.b * geometry.o * geometry.g * pieces)
+            run(rows.sample_sets, flat[0], about, sizes, has_mean)
+            run(rows.sum_pieces, flat[0], about, partial, sizes, pieces)
+            run(rows.merge_pieces, flat[0], about, partial, mean, var, rstd, sizes, pieces, eps,
+                has_mean)
+            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i))
+        else:
+            run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean)
+    if not given:
+        count = geometry.values
+        unbiased = 1 if flags & BIASED_RUNNING_VAR else count / max(count - 1, 1)
+        _move(running_mean, mean, geometry, momentum)
+        _move(running_var, var * unbiased, geometry, momentum)
+
+
+def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given):
+    sizes = tuple(geometry)
+    cut, tiles = columns.cut_columns(geometry)
+    x, y = flat
+    coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
+    partial = np.empty(geometry.b * (1 if given else tiles) * 2 * cut[1])
+    last = (weight, bias, coefficients, partial, *statistics, sizes, cut, eps, has_mean, given)
+    if geometry.b > 1 and not given:
+        run(columns.forward_slices, x, y, *last)
+        return
+    if not given:
+        run(columns.start_slices, x, coefficients, sizes, cut, has_mean)
+        run(columns.sum_tiles, x, x, coefficients, partial, sizes, cut, 0)
+    run(columns.finish_slices, x, *last)
+    run(columns.map_tiles, x, y, coefficients, sizes, cut)
+
+
+def _move(running, found, geometry, momentum):
+    if running is not None:
+        batch = found.reshape(geometry.b, geometry.g).mean(axis=0)
+        running[:] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads):
+    sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
+    if x.size == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient[:] = 0
+        return
+    given, has_mean = int(bool(flags & GIVEN_STATISTICS)), int(not flags & NO_MEAN)
+    mean = _flat(mean) if has_mean else np.zeros(sets)
+    rstd = _flat(rstd)
+    weight = _parameter(weight, x.dtype, channels, 1)
+    dy, x, dx = (_flat(array) for array in (dy, x, dx))
+    sizes = tuple(geometry)
+    parts = geometry.b
+    if geometry.i == geometry.o == 1:
+        parts = min(geometry.b, ROW_PARTS)
+    terms = np.empty((2, parts * channels))
+    with launched(num_threads, 3 * x.nbytes) as run:
+        if _in_columns(geometry):
+            cut, tiles = columns.cut_columns(geometry)
+            coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
+            partial = np.empty(geometry.b * tiles * 2 * cut[1])
+            run(columns.start_products, coefficients, mean, sizes, cut, has_mean)
+            run(columns.sum_tiles, x, dy, coefficients, partial, sizes, cut, 1)
+            run(columns.finish_product_slices, weight, coefficients, partial, mean, rstd, *terms,
+                sizes, cut, has_mean, given)
+            run(columns.map_product_tiles, dy, x, dx, coefficients, sizes, cut)
+        elif geometry.i == geometry.o == 1:
+            run(rows.backward_elements, dy, x, weight, dx, mean, rstd, *terms, sizes, parts,
+                has_mean, given)
+        elif sets < FEW and geometry.values > TILE:
+            pieces = _pieces(geometry.i)
+            partial = np.empty(2 * pieces * (x.size // geometry.i))
+            hi = mean.astype(x.dtype)
+            scale, shift = np.empty((2, sets))
+            run(rows.product_pieces, dy, x, hi, partial, sizes, pieces)
+            run(rows.merge_products, weight, hi, partial, mean, rstd, *terms, scale, shift, sizes,
+                pieces, has_mean, given)
+            run(rows.map_product_pieces, dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces)
+        else:
+            run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given)
+    for gradient, found in zip((dweight, dbias), terms, strict=True):
+        if gradient is not None:
+            gradient[...] = found.reshape(parts, channels).sum(axis=0).reshape(gradient.shape)

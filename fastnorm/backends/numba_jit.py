@@ -1,0 +1,101 @@
+"""How the Numba kernels are compiled and launched: the one place for options, types, the cache
+and threads."""
+
+import os
+import threading
+from types import FunctionType
+
+import numba
+import numpy as np
+from numba import njit, types
+
+# Reordered sums become vectors, products and sums fuse. Left out are nnan and ninf (NaN and Inf
+# must stay what they are) and arcp and afn (a quotient and a root stay exact).
+FASTMATH = {"reassoc", "contract", "nsz"}
+SERIAL_BYTES = 192 << 10  # moved: below, a parallel region costs more than it saves
+
+inlined = njit(fastmath=FASTMATH, nogil=True)
+
+KERNELS = []
+
+
+class Kernel:
+    """A function of arrays, built twice where it has a prange: for Numba's threads, and for the
+    calling thread alone.
+
+    `letters` are its argument types: a an array of x's type, d of float64, n an int64, f a
+    float64, t the five sizes of the geometry."""
+
+    def __init__(self, function, letters, parallel):
+        # The cache tells builds apart by name.
+        serial = FunctionType(
+            function.__code__, function.__globals__, function.__name__ + "_serial"
+        )
+        serial.__qualname__ = serial.__name__
+        serial.__module__ = function.__module__
+        self.name = function.__name__
+        self.letters = letters.replace(" ", "")
+        options = {"fastmath": FASTMATH, "cache": True, "nogil": True}
+        self.serial = njit(**options)(serial)
+        self.parallel = njit(parallel=True, **options)(function) if parallel else self.serial
+        KERNELS.append(self)
+
+    def compile(self, dtype):
+        """Both builds for arrays of `dtype`, or from the cache on disk."""
+        kinds = {
+            "a": numba.from_dtype(np.dtype(dtype))[::1],
+            "d": types.float64[::1],
+            "n": types.int64,
+            "f": types.float64,
+            "t": types.UniTuple(types.int64, 5),
+        }
+        for build in {self.parallel, self.serial}:
+            build.compile(tuple(kinds[letter] for letter in self.letters))
+
+
+def kernel(letters, parallel=True):
+    return lambda function: Kernel(function, letters, parallel)
+
+
+# ---- threads ---------------------------------------------------------------------------------
+#
+# Numba's layers differ: workqueue ends the process when two threads enter it, GNU OpenMP when a
+# forked child does. So one call at a time has the threads, others meanwhile and all calls of a
+# forked child compute in their own thread.
+
+_threads = threading.Lock()
+_forked = False
+
+
+def _after_fork():
+    global _forked, _threads
+    _forked = True
+    _threads = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class launched:
+    """with launched(num_threads, bytes) as run: run(kernel, *arguments), as often as needed."""
+
+    def __init__(self, num_threads, size):
+        most = numba.config.NUMBA_NUM_THREADS
+        self.count = min(num_threads or most, most)
+        self.parallel = self.count > 1 and size >= SERIAL_BYTES and not _forked
+
+    def __enter__(self):
+        self.parallel = self.parallel and _threads.acquire(blocking=False)
+        if self.parallel:
+            self.before = numba.get_num_threads()
+            numba.set_num_threads(self.count)
+        return self.run
+
+    def run(self, kernel, *arguments):
+        (kernel.parallel if self.parallel else kernel.serial)(*arguments)
+
+    def __exit__(self, *_):
+        if self.parallel:
+            numba.set_num_threads(self.before)
+            _threads.release()

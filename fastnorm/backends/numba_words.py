@@ -1,0 +1,231 @@
+"""What the Numba kernels are made of: sums over a run and down columns, and their maps.
+
+Sums are taken in the type of x over short blocks, so that a vector's lane adds few values, and
+the blocks are merged in double.
+"""
+
+from numba import float64
+
+from fastnorm.backends import scalar
+from fastnorm.backends.numba_jit import inlined
+
+BLOCK = 2048  # values of a run summed in the working type
+RUN = 128  # and of a column
+SAMPLES = 8
+
+cancels = inlined(scalar.cancels)
+moments = inlined(scalar.moments)
+reciprocal_deviation = inlined(scalar.reciprocal_deviation)
+forward_terms = inlined(scalar.forward_terms)
+backward_terms = inlined(scalar.backward_terms)
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+@inlined
+def run_sums(x, about):
+    """Sums of d and of d*d, d = x - about."""
+    s = 0.0
+    q = 0.0
+    for start in range(0, x.size, BLOCK):
+        block = x[start : start + BLOCK]
+        block_s = x.dtype.type(0)
+        block_q = x.dtype.type(0)
+        for j in range(block.size):
+            d = block[j] - about
+            block_s += d
+            block_q += d * d
+        s += float64(block_s)
+        q += float64(block_q)
+    return s, q
+
+
+@inlined
+def run_sums_exact(x, about):
+    """run_sums with every operation in double."""
+    s = 0.0
+    q = 0.0
+    for j in range(x.size):
+        d = float64(x[j]) - about
+        s += d
+        q += d * d
+    return s, q
+
+
+@inlined
+def run_products(x, dy, about):
+    """Sums of dy and of dy*(x - about)."""
+    s = 0.0
+    q = 0.0
+    for start in range(0, x.size, BLOCK):
+        block = x[start : start + BLOCK]
+        grad = dy[start : start + BLOCK]
+        block_s = x.dtype.type(0)
+        block_q = x.dtype.type(0)
+        for j in range(block.size):
+            block_s += grad[j]
+            block_q += grad[j] * (block[j] - about)
+        s += float64(block_s)
+        q += float64(block_q)
+    return s, q
+
+
+@inlined
+def run_products_weighted(x, dy, weight, about):
+    """Sums of dy*weight and of dy*weight*(x - about), a weight for each place."""
+    s = 0.0
+    q = 0.0
+    for start in range(0, x.size, BLOCK):
+        block = x[start : start + BLOCK]
+        grad = dy[start : start + BLOCK]
+        w = weight[start : start + BLOCK]
+        block_s = x.dtype.type(0)
+        block_q = x.dtype.type(0)
+        for j in range(block.size):
+            gy = grad[j] * w[j]
+            block_s += gy
+            block_q += gy * (block[j] - about)
+        s += float64(block_s)
+        q += float64(block_q)
+    return s, q
+
+
+@inlined
+def map_run(x, y, hi, scale, shift):
+    for j in range(x.size):
+        y[j] = (x[j] - hi) * scale + shift
+
+
+@inlined
+def map_run_weighted(x, y, weight, bias, hi, scale, shift):
+    for j in range(x.size):
+        y[j] = ((x[j] - hi) * scale + shift) * weight[j] + bias[j]
+
+
+@inlined
+def map_products(x, dy, dx, hi, scale, shift, dscale):
+    for j in range(x.size):
+        dx[j] = (x[j] - hi) * scale + shift + dy[j] * dscale
+
+
+@inlined
+def map_products_weighted(x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias):
+    """dx of a run with a weight for each place, and its terms onto dweight and dbias."""
+    for j in range(x.size):
+        d = x[j] - hi
+        dweight[j] += dy[j] * (d * rstd + offset)
+        dbias[j] += dy[j]
+        dx[j] = d * scale + shift + dy[j] * weight[j] * rstd
+
+
+# ---- statistics of a set of runs -----------------------------------------------------------------
+
+
+@inlined
+def sample(x, start, stride, runs, n):
+    """A value near the mean of the set's runs: the average of SAMPLES of its values, exactly the
+    constant of a constant set."""
+    first = float64(x[start])
+    total = 0.0
+    for j in range(1, SAMPLES):
+        total += float64(x[start + j * runs // SAMPLES * stride + j * n // SAMPLES]) - first
+    value = first + total / SAMPLES
+    return x.dtype.type(value if abs(value) < 1e37 else 0.0)
+
+
+@inlined
+def statistics(x, start, stride, runs, n, about, s, q, has_mean):
+    """Mean and variance of a set from its sums; where they cancel, from the set again."""
+    count = float64(runs * n)
+    if not has_mean:
+        s = 0.0
+    if not cancels(s, q, count):
+        return moments(s, q, float64(about), count)
+    mean = 0.0
+    if has_mean:
+        s = 0.0
+        for r in range(runs):
+            s += run_sums_exact(x[start + r * stride : start + r * stride + n], float64(about))[0]
+        mean = float64(about) + s / count
+    s = 0.0
+    q = 0.0
+    for r in range(runs):
+        sums = run_sums_exact(x[start + r * stride : start + r * stride + n], mean)
+        s += sums[0]
+        q += sums[1]
+    if not has_mean:
+        return 0.0, q / count
+    return moments(s, q, mean, count)
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+
+@inlined
+def add_rows(x, rows, about, s, q):
+    """Onto s and q the sums of run_sums down the columns of `rows` rows, four at a time."""
+    width = about.size
+    r = 0
+    while r + 4 <= rows:
+        x0 = x[r * width : (r + 1) * width]
+        x1 = x[(r + 1) * width : (r + 2) * width]
+        x2 = x[(r + 2) * width : (r + 3) * width]
+        x3 = x[(r + 3) * width : (r + 4) * width]
+        for j in range(width):
+            a = x0[j] - about[j]
+            b = x1[j] - about[j]
+            c = x2[j] - about[j]
+            d = x3[j] - about[j]
+            s[j] += (a + b) + (c + d)
+            q[j] += (a * a + b * b) + (c * c + d * d)
+        r += 4
+    while r < rows:
+        x0 = x[r * width : (r + 1) * width]
+        for j in range(width):
+            a = x0[j] - about[j]
+            s[j] += a
+            q[j] += a * a
+        r += 1
+
+
+@inlined
+def add_row_products(x, dy, rows, about, s, q):
+    """Onto s and q the sums of run_products down the columns of `rows` rows."""
+    width = about.size
+    r = 0
+    while r + 2 <= rows:
+        x0 = x[r * width : (r + 1) * width]
+        x1 = x[(r + 1) * width : (r + 2) * width]
+        u0 = dy[r * width : (r + 1) * width]
+        u1 = dy[(r + 1) * width : (r + 2) * width]
+        for j in range(width):
+            s[j] += u0[j] + u1[j]
+            q[j] += u0[j] * (x0[j] - about[j]) + u1[j] * (x1[j] - about[j])
+        r += 2
+    while r < rows:
+        x0 = x[r * width : (r + 1) * width]
+        u0 = dy[r * width : (r + 1) * width]
+        for j in range(width):
+            s[j] += u0[j]
+            q[j] += u0[j] * (x0[j] - about[j])
+        r += 1
+
+
+@inlined
+def flush(lanes, total):
+    for j in range(lanes.size):
+        total[j] += float64(lanes[j])
+        lanes[j] = 0
+
+
+@inlined
+def map_row(x, y, hi, scale, shift):
+    for j in range(x.size):
+        y[j] = (x[j] - hi[j]) * scale[j] + shift[j]
+
+
+@inlined
+def map_row_products(x, dy, dx, hi, scale, shift, dscale):
+    for j in range(x.size):
+        dx[j] = (x[j] - hi[j]) * scale[j] + shift[j] + dy[j] * dscale[j]
