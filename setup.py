@@ -19,6 +19,7 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent.resolve()
 KERNELS = Path("fastnorm/kernels")
@@ -59,19 +60,32 @@ def version():
 
 
 class BuildWithLibrary(build_ext):
-    """build_ext that first builds libfastnorm beside the package's modules."""
+    """build_ext that first builds libfastnorm beside the package's modules.
+
+    Where that fails the package is installed without them, and fastnorm.explain() tells why;
+    with FASTNORM_NATIVE=require in the environment it is an error."""
 
     def run(self):
         package = ROOT / "fastnorm" if self.inplace else Path(self.build_lib) / "fastnorm"
-        library = package / "lib" / "libfastnorm.so"
-        library.parent.mkdir(parents=True, exist_ok=True)
-        self.build_library(library)
+        folder = package / "lib"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         if not self.inplace:
             (package / "include").mkdir(exist_ok=True)
             shutil.copy(HEADER, package / "include")
-        for extension in self.extensions:
-            extension.library_dirs.append(str(library.parent))
-        super().run()
+        try:
+            self.build_library(folder / "libfastnorm.so")
+            for extension in self.extensions:
+                extension.library_dirs.append(str(folder))
+            super().run()
+        except (BaseError, CCompilerError, OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("FASTNORM_NATIVE") == "require":
+                raise
+            (folder / "libfastnorm.so").unlink(missing_ok=True)
+            reason = str(error).splitlines()[0][:300]
+            (folder / "not-built.txt").write_text(reason + "\n")
+            print(f"fastnorm: installed without its native library, which was not built: {reason}")
+            self.extensions = []
 
     def build_library(self, library):
         """Compile the kernels for every type and level, and link them without Python."""

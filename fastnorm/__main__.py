@@ -38,6 +38,13 @@ def main(arguments=None):
     bench.add_argument("--plot", metavar="FILE", help="save bars as PNG and SVG")
     bench.set_defaults(run=_bench)
     commands.add_parser("explain", help="say which backend runs and why").set_defaults(run=_explain)
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the Numba backend's kernels into its cache on disk",
+        description="Compile every kernel of the Numba backend, so that no later call does.",
+    )
+    warmup.add_argument("--dtype", choices=("float32", "float64"), help="default: both")
+    warmup.set_defaults(run=_warmup)
     chosen = parser.parse_args(arguments)
     return chosen.run(chosen)
 
@@ -81,6 +88,32 @@ def _bench(chosen):
     except ValueError as error:
         print(f"fastnorm {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _warmup(chosen):
+    from fastnorm import backends
+
+    numba_cpu = backends.load("numba")
+    if isinstance(numba_cpu, str):
+        print(f"fastnorm warmup: the numba backend {numba_cpu}", file=sys.stderr)
+        return 1
+    work = [
+        (kernel, dtype)
+        for dtype in ([chosen.dtype] if chosen.dtype else ["float32", "float64"])
+        for kernel in numba_cpu.kernels()
+    ]
+    try:
+        from rich.progress import track
+    except ModuleNotFoundError as error:
+        hint = "python -m pip install 'fastnorm[bench]'"
+        print(f"fastnorm warmup: {error}; for a progress bar: {hint}", file=sys.stderr)
+
+        def track(work, description):
+            return work
+
+    for kernel, dtype in track(work, description="compiling"):
+        kernel.compile(dtype)
     return 0
 
 

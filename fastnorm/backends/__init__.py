@@ -16,6 +16,7 @@ statistics move only where mean and var are given. The arguments have been check
 """
 
 from importlib import import_module
+from pathlib import Path
 
 NO_MEAN = 1
 GIVEN_STATISTICS = 2
@@ -33,8 +34,16 @@ def load(name):
         try:
             _loaded[name] = import_module(f"fastnorm.backends.{MODULES[name]}")
         except ImportError as error:
-            _loaded[name] = f"cannot be imported: {error}"
+            _loaded[name] = f"cannot be imported: {error}{_why_not_built(name)}"
     return _loaded[name]
+
+
+def _why_not_built(name):
+    """What the build of the native library said, where it failed."""
+    said = Path(__file__).parents[1] / "lib" / "not-built.txt"
+    if name != "native" or not said.exists():
+        return ""
+    return f" (not built: {said.read_text(encoding='utf-8').strip()})"
 
 
 def refusal(name, dtype):
