@@ -1,4 +1,4 @@
-"""The Numba backend's own promises: threads, forks, the cache, and the worlds without a compiler."""
+"""The promises of the Numba backend: threads, forks, the cache, worlds without a compiler."""
 
 import os
 import subprocess

@@ -27,7 +27,9 @@ from fastnorm.backends.numba_words import (
 )
 
 NARROW = 16  # the width of few columns becomes a multiple of this
-WIDE = 256  # and at least this
+WIDE = 256  # and at least this,
+WIDER = 1024  # or this in a large slice: each row costs some time of its own
+LARGE = 1 << 20  # values
 TILE = 65536  # values in a tile, at least
 MOST_TILES = 16
 
@@ -35,9 +37,10 @@ MOST_TILES = 16
 def cut_columns(geometry):
     """(cut, tiles) of a geometry."""
     channels = geometry.g * geometry.k
+    least = WIDE if geometry.o * channels < LARGE else WIDER
     copies = 1
-    if channels < WIDE:
-        while copies * channels % NARROW or copies * channels < WIDE:
+    if channels < least:
+        while copies * channels % NARROW or copies * channels < least:
             copies += 1
         copies = min(copies, geometry.o)
     width, rows = copies * channels, geometry.o // copies
@@ -50,15 +53,18 @@ def start_slice(x, about, cut, has_mean):
     """about = a value near each column's mean, exactly the constant of a constant column."""
     width, rows = cut[1], cut[2]
     count = min(rows, 2 * SAMPLES)
+    about[:] = 0
+    if not has_mean:
+        return
+    first = x[:width]
+    total = np.zeros(width)
+    for j in range(1, count):
+        sampled = x[j * rows // count * width : (j * rows // count + 1) * width]
+        for c in range(width):
+            total[c] += float64(sampled[c]) - float64(first[c])
     for c in range(width):
-        about[c] = 0
-        if has_mean:
-            first = float64(x[c])
-            total = 0.0
-            for j in range(1, count):
-                total += float64(x[j * rows // count * width + c]) - first
-            value = first + total / count
-            about[c] = value if abs(value) < 1e37 else 0.0
+        value = float64(first[c]) + total[c] / count
+        about[c] = value if abs(value) < 1e37 else 0.0
 
 
 @inlined
@@ -76,17 +82,19 @@ def sum_tile(x, dy, about, partial, cut, tile, backward):
         count = min(RUN, stop - row)
         block = x[row * width : (row + count) * width]
         if backward:
-            add_row_products(block, dy[row * width : (row + count) * width], count, about, s, q)
+            add_row_products(
+                block, dy[row * width : (row + count) * width], count, width, about, s, q
+            )
         else:
-            add_rows(block, count, about, s, q)
+            add_rows(block, count, width, about, s, q)
         flush(s, total_s)
         flush(q, total_q)
         row += count
     if stop == rows and rest > 0:
         if backward:
-            add_row_products(x[rows * width :], dy[rows * width :], 1, about[:rest], s, q)
+            add_row_products(x[rows * width :], dy[rows * width :], 1, 0, about[:rest], s, q)
         else:
-            add_rows(x[rows * width :], 1, about[:rest], s, q)
+            add_rows(x[rows * width :], 1, 0, about[:rest], s, q)
         flush(s[:rest], total_s[:rest])
         flush(q[:rest], total_q[:rest])
 
@@ -177,7 +185,7 @@ def finish_slice(x, coefficients, partial, weight, bias, mean, var, rstd, sizes,
 
 
 @inlined
-def map_tile(x, y, coefficients, cut, tile):
+def map_tile(x, y, coefficients, cut, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
@@ -185,17 +193,19 @@ def map_tile(x, y, coefficients, cut, tile):
     stop = min(rows, (tile + 1) * tile_rows)
     for row in range(tile * tile_rows, stop):
         map_row(
-            x[row * width : (row + 1) * width], y[row * width : (row + 1) * width], hi, scale, shift
+            x[row * width : (row + 1) * width], y[row * width : (row + 1) * width], hi, scale,
+            shift, streaming,
         )
     if stop == rows and rest > 0:
         map_row(
-            x[rows * width :], y[rows * width :], hi[:rest], scale[:rest], shift[:rest]
+            x[rows * width :], y[rows * width :], hi[:rest], scale[:rest], shift[:rest],
+            False,
         )
 
 
-@kernel("aa aa a d ddd t t fnn")
+@kernel("aa aa a d ddd t t fnnn")
 def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
-                   has_mean, given):
+                   has_mean, given, streaming):
     """Each slice, all steps; given: only finish, which needs no x."""
     b, o, g, k, _ = sizes
     size = o * g * k
@@ -217,7 +227,7 @@ def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, s
             rstd[s * g : (s + 1) * g], sizes, cut, eps, has_mean, given,
         )
         for tile in range(tiles):
-            map_tile(xs, ys, own, cut, tiles - 1 - tile)
+            map_tile(xs, ys, own, cut, tiles - 1 - tile, streaming != 0)
 
 
 @kernel("a a t t n", parallel=False)
@@ -263,8 +273,8 @@ def finish_slices(x, weight, bias, coefficients, partial, mean, var, rstd, sizes
         )
 
 
-@kernel("aa a t t")
-def map_tiles(x, y, coefficients, sizes, cut):
+@kernel("aa a t t n")
+def map_tiles(x, y, coefficients, sizes, cut, streaming):
     b, o, g, k, _ = sizes
     size = o * g * k
     width, rows, tile_rows = cut[1], cut[2], cut[4]
@@ -274,10 +284,11 @@ def map_tiles(x, y, coefficients, sizes, cut):
         map_tile(
             x[s * size : (s + 1) * size], y[s * size : (s + 1) * size],
             coefficients[s * 4 * width : (s + 1) * 4 * width], cut, unit % tiles,
+            streaming != 0,
         )
 
 
-# ---- backward: as in numba_rows, terms of dweight and dbias for each slice ----------------------
+# ---- backward: as in numba_rows, terms of dweight and dbias for each slice ---------------------
 
 
 @inlined
@@ -316,7 +327,7 @@ def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b,
 
 
 @inlined
-def map_tile_products(dy, x, dx, coefficients, cut, tile):
+def map_tile_products(dy, x, dx, coefficients, cut, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
@@ -326,12 +337,12 @@ def map_tile_products(dy, x, dx, coefficients, cut, tile):
     for row in range(tile * tile_rows, stop):
         first, last = row * width, (row + 1) * width
         map_row_products(
-            x[first:last], dy[first:last], dx[first:last], hi, scale, shift, dscale
+            x[first:last], dy[first:last], dx[first:last], hi, scale, shift, dscale, streaming
         )
     if stop == rows and rest > 0:
         map_row_products(
             x[rows * width :], dy[rows * width :], dx[rows * width :], hi[:rest], scale[:rest],
-            shift[:rest], dscale[:rest],
+            shift[:rest], dscale[:rest], False,
         )
 
 
@@ -363,8 +374,8 @@ def finish_product_slices(weight, coefficients, partial, mean, rstd, terms_w, te
         )
 
 
-@kernel("aaa a t t")
-def map_product_tiles(dy, x, dx, coefficients, sizes, cut):
+@kernel("aaa a t t n")
+def map_product_tiles(dy, x, dx, coefficients, sizes, cut, streaming):
     b, o, g, k, _ = sizes
     size = o * g * k
     width, rows, tile_rows = cut[1], cut[2], cut[4]
@@ -374,5 +385,5 @@ def map_product_tiles(dy, x, dx, coefficients, sizes, cut):
         map_tile_products(
             dy[s * size : (s + 1) * size], x[s * size : (s + 1) * size],
             dx[s * size : (s + 1) * size], coefficients[s * 4 * width : (s + 1) * 4 * width], cut,
-            unit % tiles,
+            unit % tiles, streaming != 0,
         )

@@ -4,11 +4,16 @@ Kernels are compiled at their first call and cached on disk. numba_rows and numb
 two loop orders, numba_words what they are made of, numba_jit how they are compiled and launched.
 """
 
+import os
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
 from fastnorm.backends import numba_columns as columns
 from fastnorm.backends import numba_rows as rows
+from fastnorm.backends import numba_slabs as slabs
 from fastnorm.backends.numba_jit import KERNELS, launched
 from fastnorm.dtypes import TABLE
 
@@ -49,6 +54,24 @@ def _statistic(array, size):
     return np.empty(size) if array is None else array
 
 
+@cache
+def _last_level_bytes():
+    """Of the processor's largest cache."""
+    said = os.environ.get("FASTNORM_LAST_LEVEL_BYTES", "")
+    if said.isdecimal():
+        return int(said)
+    sizes = [32 << 20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="ascii").strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes[1:] or sizes)
+
+
+def _streaming(moved, into, *read):
+    """1 where outputs pass the caches by: they would not stay there, nor are they read again."""
+    return int(moved > _last_level_bytes() and all(into.ctypes.data != a.ctypes.data for a in read))
+
+
 def _in_columns(geometry):
     return geometry.i == 1 and geometry.o > 1
 
@@ -75,14 +98,21 @@ def forward(
     bias = _parameter(bias, x.dtype, channels, 0)
     flat = (_flat(x), y.reshape(-1))
     sizes = tuple(geometry)
+    streaming = _streaming(2 * x.nbytes, y, x)
     with launched(num_threads, 2 * x.nbytes) as run:
         if _in_columns(geometry):
             statistics = (mean, var, rstd)
-            _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given)
+            _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
+                             streaming)
+        elif slabs.serves(geometry):
+            run(slabs.forward_slabs, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
+                given, streaming)
         elif given:
-            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i))
+            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i),
+                streaming)
         elif geometry.i == geometry.o == 1:
-            run(rows.forward_elements, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean)
+            run(rows.forward_elements, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
+                streaming)
         elif sets < FEW and geometry.values > TILE:
             pieces = _pieces(geometry.k * geometry.i)
             about = np.empty(sets)
@@ -91,9 +121,11 @@ def forward(
             run(rows.sum_pieces, flat[0], about, partial, sizes, pieces)
             run(rows.merge_pieces, flat[0], about, partial, mean, var, rstd, sizes, pieces, eps,
                 has_mean)
-            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i))
+            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i),
+                streaming)
         else:
-            run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean)
+            run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
+                streaming)
     if not given:
         count = geometry.values
         unbiased = 1 if flags & BIASED_RUNNING_VAR else count / max(count - 1, 1)
@@ -101,21 +133,22 @@ def forward(
         _move(running_var, var * unbiased, geometry, momentum)
 
 
-def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given):
+def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
+                             streaming):
     sizes = tuple(geometry)
     cut, tiles = columns.cut_columns(geometry)
     x, y = flat
     coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
     partial = np.empty(geometry.b * (1 if given else tiles) * 2 * cut[1])
     last = (weight, bias, coefficients, partial, *statistics, sizes, cut, eps, has_mean, given)
-    if geometry.b > 1 and not given:
-        run(columns.forward_slices, x, y, *last)
+    if not given and (geometry.b > 1 or tiles == 1):
+        run(columns.forward_slices, x, y, *last, streaming)
         return
     if not given:
         run(columns.start_slices, x, coefficients, sizes, cut, has_mean)
         run(columns.sum_tiles, x, x, coefficients, partial, sizes, cut, 0)
     run(columns.finish_slices, x, *last)
-    run(columns.map_tiles, x, y, coefficients, sizes, cut)
+    run(columns.map_tiles, x, y, coefficients, sizes, cut, streaming)
 
 
 def _move(running, found, geometry, momentum):
@@ -137,6 +170,7 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
     weight = _parameter(weight, x.dtype, channels, 1)
     dy, x, dx = (_flat(array) for array in (dy, x, dx))
     sizes = tuple(geometry)
+    streaming = _streaming(3 * x.nbytes, dx, x, dy)
     parts = geometry.b
     if geometry.i == geometry.o == 1:
         parts = min(geometry.b, ROW_PARTS)
@@ -150,7 +184,10 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
             run(columns.sum_tiles, x, dy, coefficients, partial, sizes, cut, 1)
             run(columns.finish_product_slices, weight, coefficients, partial, mean, rstd, *terms,
                 sizes, cut, has_mean, given)
-            run(columns.map_product_tiles, dy, x, dx, coefficients, sizes, cut)
+            run(columns.map_product_tiles, dy, x, dx, coefficients, sizes, cut, streaming)
+        elif slabs.serves(geometry):
+            run(slabs.backward_slabs, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
+                streaming)
         elif geometry.i == geometry.o == 1:
             run(rows.backward_elements, dy, x, weight, dx, mean, rstd, *terms, sizes, parts,
                 has_mean, given)
@@ -162,9 +199,11 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
             run(rows.product_pieces, dy, x, hi, partial, sizes, pieces)
             run(rows.merge_products, weight, hi, partial, mean, rstd, *terms, scale, shift, sizes,
                 pieces, has_mean, given)
-            run(rows.map_product_pieces, dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces)
+            run(rows.map_product_pieces, dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces,
+                streaming)
         else:
-            run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given)
+            run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
+                streaming)
     for gradient, found in zip((dweight, dbias), terms, strict=True):
         if gradient is not None:
             gradient[...] = found.reshape(parts, channels).sum(axis=0).reshape(gradient.shape)

@@ -1,13 +1,17 @@
 """How the Numba kernels are compiled and launched: the one place for options, types, the cache
 and threads."""
 
+import hashlib
 import os
 import threading
+from pathlib import Path
 from types import FunctionType
 
 import numba
 import numpy as np
 from numba import njit, types
+
+from fastnorm.backends import scalar
 
 # Reordered sums become vectors, products and sums fuse. Left out are nnan and ninf (NaN and Inf
 # must stay what they are) and arcp and afn (a quotient and a root stay exact).
@@ -19,6 +23,26 @@ inlined = njit(fastmath=FASTMATH, nogil=True)
 KERNELS = []
 
 
+def _digest():
+    """Of the sources that kernels are compiled from."""
+    files = sorted(Path(__file__).parent.glob("numba_*.py"))
+    files.append(Path(scalar.__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+_DIGEST = _digest()
+
+
+def _named(function, build):
+    """The function under a name of its own: Numba's cache tells builds apart by it, and would not
+    see a change in another file than the kernel's."""
+    name = f"{function.__name__}_{build}_{_DIGEST}"
+    named = FunctionType(function.__code__, function.__globals__, name)
+    named.__qualname__ = name
+    named.__module__ = function.__module__
+    return named
+
+
 class Kernel:
     """A function of arrays, built twice where it has a prange: for Numba's threads, and for the
     calling thread alone.
@@ -27,17 +51,12 @@ class Kernel:
     float64, t the five sizes of the geometry."""
 
     def __init__(self, function, letters, parallel):
-        # The cache tells builds apart by name.
-        serial = FunctionType(
-            function.__code__, function.__globals__, function.__name__ + "_serial"
-        )
-        serial.__qualname__ = serial.__name__
-        serial.__module__ = function.__module__
-        self.name = function.__name__
         self.letters = letters.replace(" ", "")
         options = {"fastmath": FASTMATH, "cache": True, "nogil": True}
-        self.serial = njit(**options)(serial)
-        self.parallel = njit(parallel=True, **options)(function) if parallel else self.serial
+        self.serial = njit(**options)(_named(function, "serial"))
+        self.parallel = self.serial
+        if parallel:
+            self.parallel = njit(parallel=True, **options)(_named(function, "parallel"))
         KERNELS.append(self)
 
     def compile(self, dtype):

@@ -26,8 +26,8 @@ from fastnorm.backends.numba_words import (
 
 
 # x, y, weight, bias -> mean, var, rstd
-@kernel("aaaa ddd tfn")
-def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean):
+@kernel("aaaa ddd tfnn")
+def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Each set: sums, statistics, map."""
     b, o, g, k, i = sizes
     n = k * i
@@ -54,12 +54,13 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean):
             for r in range(o):
                 at = start + r * g * n + c * i
                 map_run(
-                    x[at : at + i], y[at : at + i], hi, x.dtype.type(scale), x.dtype.type(shift)
+                    x[at : at + i], y[at : at + i], hi, x.dtype.type(scale), x.dtype.type(shift),
+                    streaming,
                 )
 
 
-@kernel("aaaa ddd tfn")
-def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean):
+@kernel("aaaa ddd tfnn")
+def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """forward_sets where i == o == 1: a weight for each place."""
     b, _, g, k, _ = sizes
     for set_ in prange(b * g):
@@ -75,7 +76,7 @@ def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean):
         w = set_ % g * k
         map_run_weighted(
             x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
-            x.dtype.type(scale), x.dtype.type(shift),
+            x.dtype.type(scale), x.dtype.type(shift), streaming,
         )
 
 
@@ -128,8 +129,8 @@ def merge_pieces(x, about, partial, mean, var, rstd, sizes, pieces, eps, has_mea
         rstd[set_] = reciprocal_deviation(found[1], eps)
 
 
-@kernel("aaaa dd tn")
-def map_pieces(x, y, weight, bias, mean, rstd, sizes, pieces):
+@kernel("aaaa dd tnn")
+def map_pieces(x, y, weight, bias, mean, rstd, sizes, pieces, streaming):
     """Map with known statistics, a piece of a channel's run at a time."""
     b, o, g, k, i = sizes
     for unit in prange(b * o * g * k * pieces):
@@ -143,14 +144,18 @@ def map_pieces(x, y, weight, bias, mean, rstd, sizes, pieces):
         )
         first = run * i + piece * i // pieces
         stop = run * i + (piece + 1) * i // pieces
-        map_run(x[first:stop], y[first:stop], hi, x.dtype.type(scale), x.dtype.type(shift))
+        map_run(
+            x[first:stop], y[first:stop], hi, x.dtype.type(scale), x.dtype.type(shift), streaming
+        )
 
 
 # ---- backward: dx, and for each (set, channel) its terms of dweight and dbias --------------------
 
 
-@kernel("aaaa dd dd tnn")
-def backward_sets(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given):
+@kernel("aaaa dd dd tnnn")
+def backward_sets(
+    dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
+):
     b, o, g, k, i = sizes
     n = k * i
     for set_ in prange(b * g):
@@ -180,7 +185,7 @@ def backward_sets(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_me
                 map_products(
                     x[at : at + i], dy[at : at + i], dx[at : at + i], hi, x.dtype.type(scale),
                     x.dtype.type(shift),
-                    x.dtype.type(rstd[set_] * float64(weight[set_ % g * k + c])),
+                    x.dtype.type(rstd[set_] * float64(weight[set_ % g * k + c])), streaming,
                 )
 
 
@@ -227,8 +232,8 @@ def merge_products(
             scale[set_] = shift[set_] = 0.0
 
 
-@kernel("aaaa a ddd tn")
-def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces):
+@kernel("aaaa a ddd tnn")
+def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces, streaming):
     b, o, g, k, i = sizes
     for unit in prange(b * o * g * k * pieces):
         run = unit // pieces
@@ -240,6 +245,7 @@ def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces)
         map_products(
             x[first:stop], dy[first:stop], dx[first:stop], hi[set_], x.dtype.type(scale[set_]),
             x.dtype.type(shift[set_]), x.dtype.type(rstd[set_] * float64(weight[channel])),
+            streaming,
         )
 
 

@@ -8,6 +8,7 @@ from numba import float64
 
 from fastnorm.backends import scalar
 from fastnorm.backends.numba_jit import inlined
+from fastnorm.backends.numba_simd import LINE, address, load, splat, stream
 
 BLOCK = 2048  # values of a run summed in the working type
 RUN = 128  # and of a column
@@ -91,22 +92,139 @@ def run_products_weighted(x, dy, weight, about):
     return s, q
 
 
-@inlined
-def map_run(x, y, hi, scale, shift):
-    for j in range(x.size):
-        y[j] = (x[j] - hi) * scale + shift
+# ---- maps: y = f(x), where `streaming` past the caches -------------------------------------------
 
 
 @inlined
-def map_run_weighted(x, y, weight, bias, hi, scale, shift):
-    for j in range(x.size):
-        y[j] = ((x[j] - hi) * scale + shift) * weight[j] + bias[j]
+def streamed(y):
+    """(first, stop) of what of a run is stored past the caches: whole lines. Lines that are half
+    streamed cost more than they save, so that a short run must be whole lines."""
+    lanes = LINE // y.itemsize
+    past = address(y) % LINE
+    first = (LINE - past) % LINE // y.itemsize
+    if past % y.itemsize or (y.size < 64 * lanes and (first or y.size % lanes)):
+        return y.size, y.size
+    return first, first + (y.size - first) // lanes * lanes
 
 
 @inlined
-def map_products(x, dy, dx, hi, scale, shift, dscale):
+def affine(x, hi, scale, shift):
+    return (x - hi) * scale + shift
+
+
+@inlined
+def affine_weighted(x, hi, scale, shift, weight, bias):
+    return ((x - hi) * scale + shift) * weight + bias
+
+
+@inlined
+def affine_products(x, dy, hi, scale, shift, dscale):
+    return (x - hi) * scale + shift + dy * dscale
+
+
+# Plain loops start at 0: from anywhere else Numba's indices could be negative, and the loops would
+# not become vectors.
+
+
+@inlined
+def fill_run(x, y, hi, scale, shift):
     for j in range(x.size):
-        dx[j] = (x[j] - hi) * scale + shift + dy[j] * dscale
+        y[j] = affine(x[j], hi, scale, shift)
+
+
+@inlined
+def map_run(x, y, hi, scale, shift, streaming):
+    if not streaming:
+        fill_run(x, y, hi, scale, shift)
+        return
+    first, stop = streamed(y)
+    fill_run(x[:first], y[:first], hi, scale, shift)
+    h, a, b = splat(hi), splat(scale), splat(shift)
+    for j in range(first, stop, LINE // y.itemsize):
+        stream(y, j, affine(load(x, j), h, a, b))
+    fill_run(x[stop:], y[stop:], hi, scale, shift)
+
+
+@inlined
+def fill_run_weighted(x, y, weight, bias, hi, scale, shift):
+    for j in range(x.size):
+        y[j] = affine_weighted(x[j], hi, scale, shift, weight[j], bias[j])
+
+
+@inlined
+def map_run_weighted(x, y, weight, bias, hi, scale, shift, streaming):
+    if not streaming:
+        fill_run_weighted(x, y, weight, bias, hi, scale, shift)
+        return
+    first, stop = streamed(y)
+    fill_run_weighted(x[:first], y[:first], weight[:first], bias[:first], hi, scale, shift)
+    h, a, b = splat(hi), splat(scale), splat(shift)
+    for j in range(first, stop, LINE // y.itemsize):
+        stream(y, j, affine_weighted(load(x, j), h, a, b, load(weight, j), load(bias, j)))
+    fill_run_weighted(x[stop:], y[stop:], weight[stop:], bias[stop:], hi, scale, shift)
+
+
+@inlined
+def fill_products(x, dy, dx, hi, scale, shift, dscale):
+    for j in range(x.size):
+        dx[j] = affine_products(x[j], dy[j], hi, scale, shift, dscale)
+
+
+@inlined
+def map_products(x, dy, dx, hi, scale, shift, dscale, streaming):
+    if not streaming:
+        fill_products(x, dy, dx, hi, scale, shift, dscale)
+        return
+    first, stop = streamed(dx)
+    fill_products(x[:first], dy[:first], dx[:first], hi, scale, shift, dscale)
+    h, a, b, c = splat(hi), splat(scale), splat(shift), splat(dscale)
+    for j in range(first, stop, LINE // dx.itemsize):
+        stream(dx, j, affine_products(load(x, j), load(dy, j), h, a, b, c))
+    fill_products(x[stop:], dy[stop:], dx[stop:], hi, scale, shift, dscale)
+
+
+@inlined
+def fill_row(x, y, hi, scale, shift):
+    for j in range(x.size):
+        y[j] = affine(x[j], hi[j], scale[j], shift[j])
+
+
+@inlined
+def map_row(x, y, hi, scale, shift, streaming):
+    """map_run with coefficients for each place."""
+    if not streaming:
+        fill_row(x, y, hi, scale, shift)
+        return
+    first, stop = streamed(y)
+    fill_row(x[:first], y[:first], hi[:first], scale[:first], shift[:first])
+    for j in range(first, stop, LINE // y.itemsize):
+        stream(y, j, affine(load(x, j), load(hi, j), load(scale, j), load(shift, j)))
+    fill_row(x[stop:], y[stop:], hi[stop:], scale[stop:], shift[stop:])
+
+
+@inlined
+def fill_row_products(x, dy, dx, hi, scale, shift, dscale):
+    for j in range(x.size):
+        dx[j] = affine_products(x[j], dy[j], hi[j], scale[j], shift[j], dscale[j])
+
+
+@inlined
+def map_row_products(x, dy, dx, hi, scale, shift, dscale, streaming):
+    """map_products with coefficients for each place."""
+    if not streaming:
+        fill_row_products(x, dy, dx, hi, scale, shift, dscale)
+        return
+    first, stop = streamed(dx)
+    fill_row_products(
+        x[:first], dy[:first], dx[:first], hi[:first], scale[:first], shift[:first], dscale[:first]
+    )
+    for j in range(first, stop, LINE // dx.itemsize):
+        stream(dx, j, affine_products(
+            load(x, j), load(dy, j), load(hi, j), load(scale, j), load(shift, j), load(dscale, j)
+        ))
+    fill_row_products(
+        x[stop:], dy[stop:], dx[stop:], hi[stop:], scale[stop:], shift[stop:], dscale[stop:]
+    )
 
 
 @inlined
@@ -163,15 +281,15 @@ def statistics(x, start, stride, runs, n, about, s, q, has_mean):
 
 
 @inlined
-def add_rows(x, rows, about, s, q):
+def add_rows(x, rows, stride, about, s, q):
     """Onto s and q the sums of run_sums down the columns of `rows` rows, four at a time."""
     width = about.size
     r = 0
     while r + 4 <= rows:
-        x0 = x[r * width : (r + 1) * width]
-        x1 = x[(r + 1) * width : (r + 2) * width]
-        x2 = x[(r + 2) * width : (r + 3) * width]
-        x3 = x[(r + 3) * width : (r + 4) * width]
+        x0 = x[r * stride : r * stride + width]
+        x1 = x[(r + 1) * stride : (r + 1) * stride + width]
+        x2 = x[(r + 2) * stride : (r + 2) * stride + width]
+        x3 = x[(r + 3) * stride : (r + 3) * stride + width]
         for j in range(width):
             a = x0[j] - about[j]
             b = x1[j] - about[j]
@@ -181,7 +299,7 @@ def add_rows(x, rows, about, s, q):
             q[j] += (a * a + b * b) + (c * c + d * d)
         r += 4
     while r < rows:
-        x0 = x[r * width : (r + 1) * width]
+        x0 = x[r * stride : r * stride + width]
         for j in range(width):
             a = x0[j] - about[j]
             s[j] += a
@@ -190,22 +308,22 @@ def add_rows(x, rows, about, s, q):
 
 
 @inlined
-def add_row_products(x, dy, rows, about, s, q):
+def add_row_products(x, dy, rows, stride, about, s, q):
     """Onto s and q the sums of run_products down the columns of `rows` rows."""
     width = about.size
     r = 0
     while r + 2 <= rows:
-        x0 = x[r * width : (r + 1) * width]
-        x1 = x[(r + 1) * width : (r + 2) * width]
-        u0 = dy[r * width : (r + 1) * width]
-        u1 = dy[(r + 1) * width : (r + 2) * width]
+        x0 = x[r * stride : r * stride + width]
+        x1 = x[(r + 1) * stride : (r + 1) * stride + width]
+        u0 = dy[r * stride : r * stride + width]
+        u1 = dy[(r + 1) * stride : (r + 1) * stride + width]
         for j in range(width):
             s[j] += u0[j] + u1[j]
             q[j] += u0[j] * (x0[j] - about[j]) + u1[j] * (x1[j] - about[j])
         r += 2
     while r < rows:
-        x0 = x[r * width : (r + 1) * width]
-        u0 = dy[r * width : (r + 1) * width]
+        x0 = x[r * stride : r * stride + width]
+        u0 = dy[r * stride : r * stride + width]
         for j in range(width):
             s[j] += u0[j]
             q[j] += u0[j] * (x0[j] - about[j])
@@ -217,15 +335,3 @@ def flush(lanes, total):
     for j in range(lanes.size):
         total[j] += float64(lanes[j])
         lanes[j] = 0
-
-
-@inlined
-def map_row(x, y, hi, scale, shift):
-    for j in range(x.size):
-        y[j] = (x[j] - hi[j]) * scale[j] + shift[j]
-
-
-@inlined
-def map_row_products(x, dy, dx, hi, scale, shift, dscale):
-    for j in range(x.size):
-        dx[j] = (x[j] - hi[j]) * scale[j] + shift[j] + dy[j] * dscale[j]

@@ -1,0 +1,144 @@
+"""Short runs of the rows loop order in Numba: b == k == 1, many samples, few values in a run.
+
+The runs of neighbouring channels in one sample lie one behind the other: a slab. Sums run down the
+o slabs of the same channels, place by place as in the columns order, and a channel's places are
+added up at the end. A slab is small enough to stay in cache from the sums to the map.
+"""
+
+import numpy as np
+from numba import float64, prange
+
+from fastnorm.backends.numba_jit import inlined, kernel
+from fastnorm.backends.numba_words import (
+    RUN,
+    add_row_products,
+    add_rows,
+    backward_terms,
+    forward_terms,
+    map_row,
+    map_row_products,
+    reciprocal_deviation,
+    sample,
+    statistics,
+)
+
+SLAB = 1024  # places, about
+SHORT_RUN = 256  # values in a run, below which it pays
+MANY = 8  # samples, from which it does
+
+
+def serves(geometry):
+    return (
+        geometry.b == geometry.k == 1 and 1 < geometry.i < SHORT_RUN and geometry.o >= MANY
+    )
+
+
+@inlined
+def spread(values, i, into):
+    """Each of the values to the i places of its channel."""
+    for c in range(values.size):
+        into[c * i : (c + 1) * i] = values[c]
+
+
+@inlined
+def gather(places, i, totals):
+    """The i places of each channel onto its total."""
+    for c in range(totals.size):
+        total = 0.0
+        for j in range(c * i, (c + 1) * i):
+            total += float64(places[j])
+        totals[c] += total
+    places[:] = 0
+
+
+@kernel("aaaa ddd tfnnn")
+def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, given, streaming):
+    """numba_rows.forward_sets, or with `given` only the map."""
+    _, o, g, _, i = sizes
+    stride = g * i
+    most = max(1, SLAB // i)
+    for unit in prange((g + most - 1) // most):
+        first = unit * most
+        channels = min(most, g - first)
+        n = channels * i
+        hi = np.zeros(n, x.dtype)
+        scale = np.zeros(n, x.dtype)
+        shift = np.zeros(n, x.dtype)
+        terms = np.zeros((3, channels), x.dtype)
+        sums = np.zeros((2, channels))
+        if not given:
+            for c in range(channels):
+                if has_mean:
+                    terms[0, c] = sample(x, (first + c) * i, stride, o, i)
+            spread(terms[0], i, hi)
+            for r in range(0, o, RUN):
+                slabs = x[r * stride + first * i :]
+                add_rows(slabs, min(RUN, o - r), stride, hi, scale, shift)
+                gather(scale, i, sums[0])
+                gather(shift, i, sums[1])
+        for c in range(channels):
+            set_ = first + c
+            if not given:
+                mean[set_], var[set_] = statistics(
+                    x, set_ * i, stride, o, i, terms[0, c], sums[0, c], sums[1, c], has_mean
+                )
+                rstd[set_] = reciprocal_deviation(var[set_], eps)
+            terms[0, c] = mean[set_]
+            terms[1, c], terms[2, c] = forward_terms(
+                mean[set_], float64(terms[0, c]), rstd[set_], float64(weight[set_]),
+                float64(bias[set_]),
+            )
+        spread(terms[0], i, hi)
+        spread(terms[1], i, scale)
+        spread(terms[2], i, shift)
+        for r in range(o):
+            at = r * stride + first * i
+            map_row(x[at : at + n], y[at : at + n], hi, scale, shift, streaming)
+
+
+@kernel("aaaa dd dd tnnn")
+def backward_slabs(
+    dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
+):
+    """numba_rows.backward_sets."""
+    _, o, g, _, i = sizes
+    stride = g * i
+    most = max(1, SLAB // i)
+    for unit in prange((g + most - 1) // most):
+        first = unit * most
+        channels = min(most, g - first)
+        n = channels * i
+        hi = np.zeros(n, x.dtype)
+        scale = np.zeros(n, x.dtype)
+        shift = np.zeros(n, x.dtype)
+        dscale = np.zeros(n, x.dtype)
+        terms = np.zeros((4, channels), x.dtype)
+        sums = np.zeros((2, channels))
+        for c in range(channels):
+            terms[0, c] = mean[first + c]
+        spread(terms[0], i, hi)
+        for r in range(0, o, RUN):
+            at = r * stride + first * i
+            add_row_products(x[at:], dy[at:], min(RUN, o - r), stride, hi, scale, shift)
+            gather(scale, i, sums[0])
+            gather(shift, i, sums[1])
+        for c in range(channels):
+            set_ = first + c
+            w = float64(weight[set_])
+            lo = mean[set_] - float64(terms[0, c])
+            terms_b[set_] = sums[0, c]
+            terms_w[set_] = rstd[set_] * (sums[1, c] - lo * sums[0, c])
+            if not given:
+                terms[1, c], terms[2, c] = backward_terms(
+                    w * sums[0, c], w * sums[1, c], lo, rstd[set_], float64(o * i), has_mean
+                )
+            terms[3, c] = rstd[set_] * w
+        spread(terms[1], i, scale)
+        spread(terms[2], i, shift)
+        spread(terms[3], i, dscale)
+        for r in range(o):
+            at = r * stride + first * i
+            map_row_products(
+                x[at : at + n], dy[at : at + n], dx[at : at + n], hi, scale, shift, dscale,
+                streaming,
+            )
