@@ -10,7 +10,7 @@ depend on threads.
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import inlined, kernel
+from fastnorm.backends.numba_jit import allocating, inlined, kernel
 from fastnorm.backends.numba_words import (
     RUN,
     SAMPLES,
@@ -48,7 +48,7 @@ def cut_columns(geometry):
     return (copies, width, rows, geometry.o % copies * channels, tile_rows), -(-rows // tile_rows)
 
 
-@inlined
+@allocating
 def start_slice(x, about, cut, has_mean):
     """about = a value near each column's mean, exactly the constant of a constant column."""
     width, rows = cut[1], cut[2]
@@ -67,7 +67,7 @@ def start_slice(x, about, cut, has_mean):
         about[c] = value if abs(value) < 1e37 else 0.0
 
 
-@inlined
+@allocating
 def sum_tile(x, dy, about, partial, cut, tile, backward):
     """partial[0] and partial[1] = the sums of a tile's columns."""
     _, width, rows, rest, tile_rows = cut
@@ -203,7 +203,7 @@ def map_tile(x, y, coefficients, cut, tile, streaming):
         )
 
 
-@kernel("aa aa a d ddd t t fnnn")
+@kernel("aa aa a d ddd t t fnnn", allocates=True)
 def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
                    has_mean, given, streaming):
     """Each slice, all steps; given: only finish, which needs no x."""
@@ -230,7 +230,7 @@ def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, s
             map_tile(xs, ys, own, cut, tiles - 1 - tile, streaming != 0)
 
 
-@kernel("a a t t n", parallel=False)
+@kernel("a a t t n", parallel=False, allocates=True)
 def start_slices(x, coefficients, sizes, cut, has_mean):
     b, o, g, k, _ = sizes
     size = o * g * k
@@ -242,7 +242,7 @@ def start_slices(x, coefficients, sizes, cut, has_mean):
         )
 
 
-@kernel("aa a d t t n")
+@kernel("aa a d t t n", allocates=True)
 def sum_tiles(x, dy, coefficients, partial, sizes, cut, backward):
     b, o, g, k, _ = sizes
     size = o * g * k

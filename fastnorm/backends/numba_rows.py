@@ -249,7 +249,7 @@ def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces,
         )
 
 
-@kernel("aaaa dd dd tnnn")
+@kernel("aaaa dd dd tnnn", allocates=True)
 def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, parts, has_mean,
                       given):
     """backward_sets where i == o == 1; terms_w and terms_b hold [parts][g*k]."""

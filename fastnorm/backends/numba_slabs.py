@@ -51,7 +51,7 @@ def gather(places, i, totals):
     places[:] = 0
 
 
-@kernel("aaaa ddd tfnnn")
+@kernel("aaaa ddd tfnnn", allocates=True)
 def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, given, streaming):
     """numba_rows.forward_sets, or with `given` only the map."""
     _, o, g, _, i = sizes
@@ -96,7 +96,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
             map_row(x[at : at + n], y[at : at + n], hi, scale, shift, streaming)
 
 
-@kernel("aaaa dd dd tnnn")
+@kernel("aaaa dd dd tnnn", allocates=True)
 def backward_slabs(
     dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
 ):
