@@ -119,6 +119,10 @@ def explain(x=None, *, backend=None):
 
 
 def _version_of(name):
+    if name == "numba":
+        import numba
+
+        return f": Numba {numba.__version__}, kernels compiled at their first call"
     if name != "native":
         return ""
     native = backends.load(name)

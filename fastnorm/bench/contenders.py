@@ -75,6 +75,11 @@ def native(problem, backend=None):
     return lambda: backward(p.dy, p.x, stats, *extra, p.weight, **common).dx
 
 
+def numba_(problem):
+    """fastnorm's own Numba backend."""
+    return native(problem, "numba")
+
+
 def _torch_forward(problem, torch):
     """y = f(x, weight, bias) of torch.nn.functional."""
     f, cell = torch.nn.functional, problem.cell
@@ -268,6 +273,7 @@ def available(names=None, quick=False):
 
     known = {
         "fastnorm": (native, "fastnorm"),
+        "fastnorm numba": (numba_, "numba"),
         "PyTorch": (pytorch, "torch"),
         "torch.compile": (torch_compile, "torch"),
         "ONNX Runtime": (onnx_runtime, "onnxruntime"),

@@ -134,8 +134,11 @@ def run(quick=False, threads=2, names=None, only="", seconds=None, dtype="float3
 
 
 def best_peer(row):
-    """(name, seconds) of the fastest right contender but fastnorm."""
-    peers = {n: t for n, t in row["times"].items() if n != "fastnorm" and n not in row["wrong"]}
+    """(name, seconds) of the fastest right contender that is not fastnorm's."""
+    peers = {
+        name: seconds for name, seconds in row["times"].items()
+        if not name.startswith("fastnorm") and name not in row["wrong"]
+    }
     return min(peers.items(), key=lambda item: item[1]) if peers else (None, float("nan"))
 
 
