@@ -19,7 +19,8 @@ from fastnorm.dtypes import TABLE
 
 FEW = 16  # sets, below which large ones are cut into pieces
 TILE = 65536  # values in a piece
-ROW_PARTS = 16  # of rows that sum dweight each for themselves
+ROWS = 8  # with a weight for each place, at least, that sum dweight for themselves,
+ROW_PARTS = 16  # in so many parts at most
 
 
 def supports(dtype):
@@ -173,7 +174,7 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
     parts = geometry.b
     if geometry.i == geometry.o == 1:
-        parts = min(geometry.b, ROW_PARTS)
+        parts = min(-(-geometry.b // ROWS), ROW_PARTS)
     terms = np.empty((2, parts * channels))
     with launched(num_threads, 3 * x.nbytes) as run:
         if _in_columns(geometry):
@@ -190,7 +191,7 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
                 streaming)
         elif geometry.i == geometry.o == 1:
             run(rows.backward_elements, dy, x, weight, dx, mean, rstd, *terms, sizes, parts,
-                has_mean, given)
+                has_mean, given, streaming)
         elif sets < FEW and geometry.values > TILE:
             pieces = _pieces(geometry.i)
             partial = np.empty(2 * pieces * (x.size // geometry.i))

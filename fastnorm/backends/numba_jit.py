@@ -13,9 +13,9 @@ from numba import njit, types
 
 from fastnorm.backends import scalar
 
-# Reordered sums become vectors, products and sums fuse. Left out are nnan and ninf (NaN and Inf
-# must stay what they are) and arcp and afn (a quotient and a root stay exact).
-FASTMATH = {"reassoc", "contract", "nsz"}
+# No freedom of fastmath: nnan and ninf would hide a NaN, and with reassoc and contract the two
+# builds of a kernel gave other bits. numba_simd spells out the vectors they are for.
+FASTMATH = False
 SERIAL_BYTES = 192 << 10  # moved: below, a parallel region costs more than it saves
 
 OPTIONS = {"fastmath": FASTMATH, "nogil": True}

@@ -249,9 +249,9 @@ def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces,
         )
 
 
-@kernel("aaaa dd dd tnnn", allocates=True)
+@kernel("aaaa dd dd tnnnn", allocates=True)
 def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, parts, has_mean,
-                      given):
+                      given, streaming):
     """backward_sets where i == o == 1; terms_w and terms_b hold [parts][g*k]."""
     b, _, g, k, _ = sizes
     size = g * k
@@ -276,6 +276,7 @@ def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, pa
                 x[at : at + k], dy[at : at + k], dx[at : at + k], weight[w : w + k], hi,
                 x.dtype.type(scale), x.dtype.type(shift), x.dtype.type(rstd[set_]),
                 x.dtype.type(-lo * rstd[set_]), sum_w[w : w + k], sum_b[w : w + k],
+                streaming,
             )
             since += 1
             if since == 16 * g:

@@ -1,14 +1,14 @@
 """What the Numba kernels are made of: sums over a run and down columns, and their maps.
 
 Sums are taken in the type of x over short blocks, so that a vector's lane adds few values, and
-the blocks are merged in double.
+the blocks are merged in double. Every operation keeps its order and its rounding.
 """
 
 from numba import float64
 
 from fastnorm.backends import scalar
 from fastnorm.backends.numba_jit import inlined
-from fastnorm.backends.numba_simd import LINE, address, load, splat, stream
+from fastnorm.backends.numba_simd import LINE, address, fold, load, splat, store, stream
 
 BLOCK = 2048  # values of a run summed in the working type
 RUN = 128  # and of a column
@@ -25,20 +25,68 @@ backward_terms = inlined(scalar.backward_terms)
 
 
 @inlined
+def term_of_x(x, dy, weight, j, about):
+    """(a, d) of which a sum takes a and a*d."""
+    d = load(x, j) - about
+    return d, d
+
+
+@inlined
+def term_of_dy(x, dy, weight, j, about):
+    return load(dy, j), load(x, j) - about
+
+
+@inlined
+def term_of_weighted_dy(x, dy, weight, j, about):
+    return load(dy, j) * load(weight, j), load(x, j) - about
+
+
+def _whole_lines(term):
+    """A function of sums over [0, stop), whole lines. (A function handed to another at run time
+    could not be cached.)"""
+
+    @inlined
+    def whole_lines(x, dy, weight, about, stop):
+        lanes = LINE // x.itemsize
+        center = splat(about)
+        s = 0.0
+        q = 0.0
+        for start in range(0, stop, BLOCK):
+            end = min(stop, start + BLOCK)
+            # Two lines at a time, so that neither waits for the other.
+            s0 = s1 = q0 = q1 = splat(x.dtype.type(0))
+            for j in range(start, end - lanes, 2 * lanes):
+                a, d = term(x, dy, weight, j, center)
+                s0 = s0 + a
+                q0 = q0 + a * d
+                a, d = term(x, dy, weight, j + lanes, center)
+                s1 = s1 + a
+                q1 = q1 + a * d
+            if (end - start) // lanes % 2:
+                a, d = term(x, dy, weight, end - lanes, center)
+                s0 = s0 + a
+                q0 = q0 + a * d
+            s += fold(s0 + s1)
+            q += fold(q0 + q1)
+        return s, q
+
+    return whole_lines
+
+
+lines_of_x = _whole_lines(term_of_x)
+lines_of_dy = _whole_lines(term_of_dy)
+lines_of_weighted_dy = _whole_lines(term_of_weighted_dy)
+
+
+@inlined
 def run_sums(x, about):
     """Sums of d and of d*d, d = x - about."""
-    s = 0.0
-    q = 0.0
-    for start in range(0, x.size, BLOCK):
-        block = x[start : start + BLOCK]
-        block_s = x.dtype.type(0)
-        block_q = x.dtype.type(0)
-        for j in range(block.size):
-            d = block[j] - about
-            block_s += d
-            block_q += d * d
-        s += float64(block_s)
-        q += float64(block_q)
+    stop = x.size - x.size % (LINE // x.itemsize)
+    s, q = lines_of_x(x, x, x, about, stop)
+    for j in range(stop, x.size):
+        d = float64(x[j] - about)
+        s += d
+        q += d * d
     return s, q
 
 
@@ -57,38 +105,23 @@ def run_sums_exact(x, about):
 @inlined
 def run_products(x, dy, about):
     """Sums of dy and of dy*(x - about)."""
-    s = 0.0
-    q = 0.0
-    for start in range(0, x.size, BLOCK):
-        block = x[start : start + BLOCK]
-        grad = dy[start : start + BLOCK]
-        block_s = x.dtype.type(0)
-        block_q = x.dtype.type(0)
-        for j in range(block.size):
-            block_s += grad[j]
-            block_q += grad[j] * (block[j] - about)
-        s += float64(block_s)
-        q += float64(block_q)
+    stop = x.size - x.size % (LINE // x.itemsize)
+    s, q = lines_of_dy(x, dy, dy, about, stop)
+    for j in range(stop, x.size):
+        s += float64(dy[j])
+        q += float64(dy[j]) * float64(x[j] - about)
     return s, q
 
 
 @inlined
 def run_products_weighted(x, dy, weight, about):
     """Sums of dy*weight and of dy*weight*(x - about), a weight for each place."""
-    s = 0.0
-    q = 0.0
-    for start in range(0, x.size, BLOCK):
-        block = x[start : start + BLOCK]
-        grad = dy[start : start + BLOCK]
-        w = weight[start : start + BLOCK]
-        block_s = x.dtype.type(0)
-        block_q = x.dtype.type(0)
-        for j in range(block.size):
-            gy = grad[j] * w[j]
-            block_s += gy
-            block_q += gy * (block[j] - about)
-        s += float64(block_s)
-        q += float64(block_q)
+    stop = x.size - x.size % (LINE // x.itemsize)
+    s, q = lines_of_weighted_dy(x, dy, weight, about, stop)
+    for j in range(stop, x.size):
+        gy = float64(dy[j]) * float64(weight[j])
+        s += gy
+        q += gy * float64(x[j] - about)
     return s, q
 
 
@@ -228,13 +261,33 @@ def map_row_products(x, dy, dx, hi, scale, shift, dscale, streaming):
 
 
 @inlined
-def map_products_weighted(x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias):
-    """dx of a run with a weight for each place, and its terms onto dweight and dbias."""
+def fill_products_weighted(
+    x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias
+):
     for j in range(x.size):
         d = x[j] - hi
         dweight[j] += dy[j] * (d * rstd + offset)
         dbias[j] += dy[j]
         dx[j] = d * scale + shift + dy[j] * weight[j] * rstd
+
+
+@inlined
+def map_products_weighted(
+    x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias, streaming
+):
+    """dx of a run with a weight for each place, and its terms onto dweight and dbias."""
+    if not streaming or streamed(dx) != (0, dx.size):
+        fill_products_weighted(
+            x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias
+        )
+        return
+    h, a, b, c, e = splat(hi), splat(scale), splat(shift), splat(rstd), splat(offset)
+    for j in range(0, dx.size, LINE // dx.itemsize):
+        d = load(x, j) - h
+        u = load(dy, j)
+        store(dweight, j, load(dweight, j) + u * (d * c + e))
+        store(dbias, j, load(dbias, j) + u)
+        stream(dx, j, d * a + b + u * load(weight, j) * c)
 
 
 # ---- statistics of a set of runs -----------------------------------------------------------------
