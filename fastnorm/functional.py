@@ -22,12 +22,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastnorm import config, geometry
+from fastnorm import backends, config, geometry
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
 from fastnorm.dtypes import NAMES as DTYPE_NAMES
 from fastnorm.dtypes import TABLE
 
 CONVENTIONS = ("torch", "keras")
+
+# Most calls have nothing to look at closely, which compiled code sees sooner.
+_plain = getattr(backends.load("native"), "plain", lambda *_: False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +210,18 @@ def _forward(
     eps = _check_number(name, "eps", eps)
     num_threads = config.check_threads(name, num_threads)
     engine = config.choose(name, backend, x.dtype)
-    if out is not None:
-        others = (("weight", weight), ("bias", bias), ("running_mean", running[0]))
-        check_out(name, out, x, (("x", x),), (*others, ("running_var", running[1])))
-    view, first = geometry.as_it_lies(x, channel_order)
+    parameters = (weight, bias, *running)
+    if _plain(x, out, parameters):
+        view, first, is_out = x, channel_order, out is not None
+        y = out if is_out else np.empty(x.shape, x.dtype)
+    else:
+        if out is not None:
+            others = zip(("weight", "bias", "running_mean", "running_var"), parameters, strict=True)
+            check_out(name, out, x, (("x", x),), others)
+        view, first = geometry.as_it_lies(x, channel_order)
+        y, is_out = _place(view, first, out, channel_order)
+        parameters = _in_one_type(*parameters)
     sizes = shape_of(view.shape, first)
-    y, is_out = _place(view, first, out, channel_order)
-    parameters = _in_one_type(weight, bias, *running)
     mean = var = rstd = None
     moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
     if return_stats or (moves and sizes.b > 1):
@@ -263,16 +271,21 @@ def _backward(
     num_threads = config.check_threads(name, num_threads)
     engine = config.choose(name, backend, x.dtype)
     mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
-    if out is not None:
+    plain = _plain(x, out, (weight,), dy)
+    if out is not None and not plain:
         check_out(name, out, x, (("dy", dy), ("x", x)), (("weight", weight),))
     if getattr(stats, "given", False):
         flags |= GIVEN_STATISTICS
-    view, first = geometry.as_it_lies(x, channel_order)
-    grad = dy if channel_order is None else geometry.as_asked(dy, channel_order, first)
-    grad = np.ascontiguousarray(grad)
+    if plain:
+        view, grad, first, is_out = x, dy, channel_order, out is not None
+        dx = out if is_out else np.empty(x.shape, x.dtype)
+    else:
+        view, first = geometry.as_it_lies(x, channel_order)
+        grad = dy if channel_order is None else geometry.as_asked(dy, channel_order, first)
+        grad = np.ascontiguousarray(grad)
+        dx, is_out = _place(view, first, out, channel_order)
+        (weight,) = _in_one_type(weight)
     sizes = shape_of(view.shape, first)
-    dx, is_out = _place(view, first, out, channel_order)
-    (weight,) = _in_one_type(weight)
     dweight = np.empty(param_shape, x.dtype if weight is None else weight.dtype)
     dbias = np.empty_like(dweight) if with_bias else None
     engine.backward(

@@ -92,6 +92,49 @@ cdef inline int code(object array) noexcept:
     return FASTNORM_FLOAT64
 
 
+cdef inline bint simple(object array, int kind) noexcept:
+    """An ndarray of this type that a kernel reads as it is."""
+    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_TYPE(<cnp.ndarray> array) == kind
+            and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array))
+
+
+cdef inline bint apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Contiguous arrays without a common byte."""
+    cdef char* first = cnp.PyArray_BYTES(a)
+    cdef char* second = cnp.PyArray_BYTES(b)
+    return first + cnp.PyArray_NBYTES(a) <= second or second + cnp.PyArray_NBYTES(b) <= first
+
+
+def plain(cnp.ndarray x, out, tuple parameters, dy=None):
+    """Whether all arrays are contiguous, aligned and of one type, and `out`, where there is one,
+    has x's shape, is writable and shares no memory but with the whole of x or dy. A quick yes:
+    no means that the checks of functional.py must look closer."""
+    cdef int kind = cnp.PyArray_TYPE(x), axis
+    if kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64) or not simple(x, kind):
+        return False
+    if dy is not None and not simple(dy, kind):
+        return False
+    for array in parameters:
+        if array is not None and not simple(array, kind):
+            return False
+    if out is None:
+        return True
+    if (not simple(out, kind) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
+            or cnp.PyArray_NDIM(<cnp.ndarray> out) != cnp.PyArray_NDIM(x)):
+        return False
+    for axis in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(<cnp.ndarray> out, axis) != cnp.PyArray_DIM(x, axis):
+            return False
+    for array in (x, dy):
+        if (array is not None and data(out) != data(array)
+                and not apart(<cnp.ndarray> out, <cnp.ndarray> array)):
+            return False
+    for array in parameters:
+        if array is not None and not apart(<cnp.ndarray> out, <cnp.ndarray> array):
+            return False
+    return True
+
+
 cdef void load_geometry(fastnorm_geometry* into, geometry) except *:
     into.b, into.o, into.g, into.k, into.i = geometry
 
