@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c demo lint check clean bench
+.PHONY: help install build test test-c demo lint check clean bench cost warmup
 PYTHON ?= python
 
 help:  ## list the tasks
@@ -18,6 +18,12 @@ test-c:  ## build and run the C example and the C test
 
 bench:  ## measure a few cells against the memory floor and PyTorch
 	$(PYTHON) -m fastnorm bench --quick
+
+cost:  ## measure how a call grows with its sizes, for docs/cost-model.md
+	$(PYTHON) benchmarks/cost_model.py docs/cost-model.png
+
+warmup:  ## compile the Numba kernels into their cache
+	$(PYTHON) -m fastnorm warmup
 
 demo:  ## train LeNet-5 with and without batch norm
 	$(PYTHON) -m fastnorm demo
