@@ -194,3 +194,39 @@ builds = {build for k in numba_cpu.kernels() for build in (k.serial, k.parallel)
 print(sum(sum(build.stats.cache_misses.values()) for build in builds))
 """, **environment)
     assert out.strip() == "0"
+
+
+@pytest.mark.parametrize("offset", [0, 4, 12])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 1100), (9, 32, 7, 7), (3, 40, 33, 35), (64, 96), (3, 1030)]
+)
+def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
+    from fastnorm.backends import numba_cpu
+
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(1, 2, (2, *shape)).astype(dtype)
+    memory = np.empty(x.size + 32, dtype)
+    out = memory[offset : offset + x.size].reshape(shape)
+
+    def everything(**common):
+        found = []
+        for layout in ("NCHW", "NHWC"):
+            both = common | {"layout": layout, "backend": "numba"}
+            y, stats = fastnorm.batch_norm(x, training=True, return_stats=True, out=out, **both)
+            found.append(y.copy())
+            gradients = fastnorm.batch_norm_backward(dy, x, stats, out=out, **both)
+            found.extend(gradient.copy() for gradient in gradients)
+            found.append(fastnorm.batch_norm(x, stats.mean, stats.var, out=out, **both).copy())
+        y, stats = fastnorm.layer_norm(x, shape[-1], return_stats=True, out=out, backend="numba")
+        found.append(y.copy())
+        gradients = fastnorm.layer_norm_backward(
+            dy, x, stats, shape[-1], out=out, backend="numba"
+        )
+        found.extend(gradient.copy() for gradient in gradients)
+        return found
+
+    plain = everything()
+    monkeypatch.setattr(numba_cpu, "_last_level_bytes", lambda: 0)
+    for a, b in zip(plain, everything(), strict=True):
+        assert np.array_equal(a, b)
