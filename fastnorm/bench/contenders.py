@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import fastnorm
+from fastnorm.bench import onednn
 from fastnorm.bench.cells import Cell
 
 
@@ -271,11 +272,15 @@ def available(names=None, quick=False):
     """{name: contender} of those that are installed, fastnorm first."""
     from importlib.util import find_spec
 
+    def installed(module):
+        return onednn.library() is not None if module == "onednn" else find_spec(module)
+
     known = {
         "fastnorm": (native, "fastnorm"),
         "fastnorm numba": (numba_, "numba"),
         "PyTorch": (pytorch, "torch"),
         "torch.compile": (torch_compile, "torch"),
+        "oneDNN": (onednn.onednn, "onednn"),
         "ONNX Runtime": (onnx_runtime, "onnxruntime"),
         "JAX": (jax_, "jax"),
         "NumPy": (numpy_, "numpy"),
@@ -285,4 +290,4 @@ def available(names=None, quick=False):
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"bench: unknown contenders {unknown}, expected some of {list(known)}")
-    return {name: known[name][0] for name in names if find_spec(known[name][1])}
+    return {name: known[name][0] for name in names if installed(known[name][1])}
