@@ -172,29 +172,10 @@ cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work a
 
 
 cdef inline void scale_elements(const stored* x, stored* y, const work* weight, const work* bias,
-                                int64_t n, work hi_, work scale_, work shift_, bint streaming,
+                                int64_t n, work hi, work scale, work shift, bint streaming,
                                 int64_t ahead) noexcept nogil:
-    """y = ((x - hi)*scale + shift)*weight + bias, a weight and a bias for each place."""
-    cdef vec hi = splat(hi_)
-    cdef vec scale = splat(scale_)
-    cdef vec shift = splat(shift_)
-    cdef int64_t p = 0, part = head(y, n, &streaming)
-    while p < n:
-        if part == 0:
-            while p + WIDTH <= n:
-                if ahead:
-                    fetch(x + p + ahead)
-                put(y + p, ((load(x + p) - hi) * scale + shift) * load_work(weight + p)
-                    + load_work(bias + p), streaming)
-                p += WIDTH
-            part = n - p
-        else:
-            part = minimum(part, WIDTH)
-            store_part(y + p, part, ((load_part(x + p, part, hi_) - hi) * scale + shift)
-                       * load_part(<const stored*> weight + p, part, 0)
-                       + load_part(<const stored*> bias + p, part, 0))
-            p += part
-            part = 0
+    """map_run with a weight and a bias for each place after it."""
+    map_places(x, NULL, y, n, &hi, &scale, &shift, NULL, False, weight, bias, streaming, ahead)
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,

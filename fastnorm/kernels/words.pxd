@@ -63,6 +63,7 @@ cdef enum:
     FLUSH = 64
     SAMPLES = 8
     CHUNK = 4  # vectors of columns summed in registers
+    BATCH = 4  # vectors loaded before the ones in front of them are stored
     STEP = 4  # rows of columns summed at a time, while the next ones are asked for
     RUN = 128  # values of a column summed in the working type before they meet a double
     MOST_WIDTH = 16  # of a vec
@@ -215,41 +216,110 @@ cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale,
     return y
 
 
-cdef inline void map_run(
-    const stored* x, const stored* dy, stored* y, int64_t n, work hi_, work scale_, work shift_,
-    work dscale_, bint streaming, int64_t ahead
-) noexcept nogil:
-    """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL.
+cdef struct batch:
+    # BATCH vectors of x and of dy.
+    vec x[BATCH]
+    vec dy[BATCH]
 
+
+cdef inline void load_batch(batch* a, const stored* x, const stored* dy) noexcept nogil:
+    cdef int v
+    for v in range(BATCH):
+        a.x[v] = load(x + v * WIDTH)
+        if dy != NULL:
+            a.dy[v] = load(dy + v * WIDTH)
+
+
+cdef inline void map_places(
+    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
+    bint streaming, int64_t ahead
+) noexcept nogil:
+    """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL; where weight is not NULL,
+    that times weight plus bias.
+
+    weight and bias have a value for each place; the others have with `each`, and otherwise one.
     With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
-    and memory would otherwise only be written here."""
-    cdef vec hi = splat(hi_)
-    cdef vec scale = splat(scale_)
-    cdef vec shift = splat(shift_)
-    cdef vec dscale = splat(dscale_)
-    cdef vec d = hi
-    cdef bint with_dy = dy != NULL
+    and memory would otherwise only be written here.
+
+    A batch is loaded before the one in front of it is stored: where y lies a little behind x
+    modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
+    cache). Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
+    cdef vec one_hi = splat(hi[0])
+    cdef vec one_scale = splat(scale[0])
+    cdef vec one_shift = splat(shift[0])
+    cdef vec one_dscale = splat(0 if dy == NULL else dscale[0])
+    cdef vec d = one_hi
+    cdef batch now, later
     cdef int64_t p = 0, part = head(y, n, &streaming)
+    cdef int v
     while p < n:
         if part == 0:
+            if not streaming and p + BATCH * WIDTH <= n and (
+                    not each or until_aligned(y + p) == 0):
+                load_batch(&now, x + p, past(dy, p))
+                while p + BATCH * WIDTH <= n:
+                    if p + 2 * BATCH * WIDTH <= n:
+                        load_batch(&later, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH))
+                    for v in range(BATCH):
+                        if ahead:
+                            fetch(x + p + v * WIDTH + ahead)
+                            if dy != NULL:
+                                fetch(dy + p + v * WIDTH + ahead)
+                        now.x[v] = mapped(
+                            now.x[v], now.dy[v], load_work(hi + p + v * WIDTH) if each else one_hi,
+                            load_work(scale + p + v * WIDTH) if each else one_scale,
+                            load_work(shift + p + v * WIDTH) if each else one_shift,
+                            load_work(dscale + p + v * WIDTH) if each and dy != NULL
+                            else one_dscale, dy != NULL)
+                        if weight != NULL:
+                            now.x[v] = (now.x[v] * load_work(weight + p + v * WIDTH)
+                                        + load_work(bias + p + v * WIDTH))
+                    for v in range(BATCH):
+                        store(y + p + v * WIDTH, now.x[v])
+                    now = later
+                    p += BATCH * WIDTH
             while p + WIDTH <= n:
                 if ahead:
                     fetch(x + p + ahead)
-                if with_dy:
-                    if ahead:
+                    if dy != NULL:
                         fetch(dy + p + ahead)
+                if dy != NULL:
                     d = load(dy + p)
-                put(y + p, mapped(load(x + p), d, hi, scale, shift, dscale, with_dy), streaming)
+                d = mapped(load(x + p), d, load_work(hi + p) if each else one_hi,
+                           load_work(scale + p) if each else one_scale,
+                           load_work(shift + p) if each else one_shift,
+                           load_work(dscale + p) if each and dy != NULL else one_dscale,
+                           dy != NULL)
+                if weight != NULL:
+                    d = d * load_work(weight + p) + load_work(bias + p)
+                put(y + p, d, streaming)
                 p += WIDTH
             part = n - p
         else:
             part = minimum(part, WIDTH)
-            if with_dy:
+            if dy != NULL:
                 d = load_part(dy + p, part, 0)
-            store_part(y + p, part,
-                       mapped(load_part(x + p, part, hi_), d, hi, scale, shift, dscale, with_dy))
+            d = mapped(
+                load_part(x + p, part, hi[0]), d,
+                load_part(<const stored*> hi + p, part, 0) if each else one_hi,
+                load_part(<const stored*> scale + p, part, 0) if each else one_scale,
+                load_part(<const stored*> shift + p, part, 0) if each else one_shift,
+                load_part(<const stored*> dscale + p, part, 0) if each and dy != NULL
+                else one_dscale, dy != NULL)
+            if weight != NULL:
+                d = (d * load_part(<const stored*> weight + p, part, 0)
+                     + load_part(<const stored*> bias + p, part, 0))
+            store_part(y + p, part, d)
             p += part
             part = 0
+
+
+cdef inline void map_run(
+    const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
+    work dscale, bint streaming, int64_t ahead
+) noexcept nogil:
+    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, streaming, ahead)
 
 
 cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
@@ -327,34 +397,10 @@ cdef inline void map_row(
     const work* shift, const work* dscale, bint streaming
 ) noexcept nogil:
     """map_run with coefficients for each place."""
-    cdef vec d = splat(0)
-    cdef vec none = splat(0)
-    cdef int64_t p = 0, part = head(y, n, &streaming)
-    while p < n:
-        if part == 0:
-            if dy == NULL:
-                while p + WIDTH <= n:
-                    put(y + p, mapped(load(x + p), d, load_work(hi + p), load_work(scale + p),
-                                      load_work(shift + p), none, False), streaming)
-                    p += WIDTH
-            else:
-                while p + WIDTH <= n:
-                    put(y + p, mapped(load(x + p), load(dy + p), load_work(hi + p),
-                                      load_work(scale + p), load_work(shift + p),
-                                      load_work(dscale + p), True), streaming)
-                    p += WIDTH
-            part = n - p
-        else:
-            part = minimum(part, WIDTH)
-            if dy != NULL:
-                d = load_part(dy + p, part, 0)
-                none = load_part(<const stored*> dscale + p, part, 0)
-            store_part(y + p, part, mapped(
-                load_part(x + p, part, 0), d, load_part(<const stored*> hi + p, part, 0),
-                load_part(<const stored*> scale + p, part, 0),
-                load_part(<const stored*> shift + p, part, 0), none, dy != NULL))
-            p += part
-            part = 0
+    if dy == NULL:
+        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, streaming, 0)
+    else:
+        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, streaming, 0)
 
 
 # ---- from sums to statistics -------------------------------------------------------------
