@@ -31,6 +31,7 @@ CONVENTIONS = ("torch", "keras")
 
 # Most calls have nothing to look at closely, which compiled code sees sooner.
 _plain = getattr(backends.load("native"), "plain", lambda *_: False)
+_fits = getattr(backends.load("native"), "fits", lambda *_: False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ def _refuse_parameter(name, what, array, shape, why):
 def _check_channels(name, x, layout, first, **parameters):
     """Every parameter has one value for each channel of x."""
     channels = x.shape[geometry.channel_axis(first)]
+    if _fits(channels, parameters.values()):
+        return channels
     shape = (channels,)
     for what, array in parameters.items():
         if array is None or _is_parameter(array, shape):
