@@ -23,9 +23,10 @@ from fastnorm.layers import RMSNorm as RMSNorm
 
 __version__: str
 
-Array = NDArray[Any]
+# NumPy's, or any library's on a GPU; the result is of the same kind.
+Array = Any
 Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
-Backend = Literal["native", "numba", "reference"]
+Backend = Literal["native", "numba", "reference", "cuda"]
 
 class Statistics:
     mean: NDArray[np.float64]

@@ -7,7 +7,7 @@ and FASTNORM_LAST_LEVEL_BYTES are read by libfastnorm itself.
 
 import os
 
-from fastnorm import backends
+from fastnorm import backends, device
 from fastnorm.dtypes import NAMES as DTYPE_NAMES
 from fastnorm.dtypes import TABLE
 
@@ -70,6 +70,12 @@ def choose(name, backend, dtype):
         if dtype not in _chosen:
             _chosen[dtype] = next(n for n in backends.NAMES if backends.refusal(n, dtype) is None)
         return backends.load(_chosen[dtype])
+    if backend == "cuda":
+        raise ValueError(
+            f"{name}: x is a numpy.ndarray and backend is 'cuda', expected an array on the GPU;"
+            " nothing is moved unasked, did you mean torch.from_numpy(x).cuda() or"
+            " cupy.asarray(x)?"
+        )
     if backend not in backends.NAMES:
         raise ValueError(
             f"{name}: unknown backend {backend!r}, expected one of {', '.join(backends.NAMES)}"
@@ -84,19 +90,26 @@ def explain(x=None, *, backend=None):
     """Print which backend serves a call on x (default: on float32), and why the others do not.
 
     Args:
-        x: an array, or a dtype.
+        x: an array, also one on a GPU, or a dtype.
         backend: as in the call.
 
     Examples:
         >>> fastnorm.explain()
         fastnorm 0.1.0, float32, up to 2 threads
           native     chosen: libfastnorm 0.1.0 at x86-64-v4
+          numba      not asked: an earlier one serves
           reference  not asked: an earlier one serves
+          cuda       serves arrays on a GPU
     """
     import numpy as np
 
     import fastnorm
 
+    on_gpu = None if x is None else device.view_of(x)
+    if on_gpu is not None:
+        print(f"fastnorm {fastnorm.__version__}, {on_gpu.dtype}, {on_gpu.kind.name}")
+        print(f"  {_about_cuda()}")
+        return
     dtype = np.dtype(np.float32) if x is None else np.dtype(getattr(x, "dtype", x))
     print(f"fastnorm {fastnorm.__version__}, {dtype}, up to {get_num_threads()} threads")
     if dtype not in TABLE:
@@ -116,6 +129,13 @@ def explain(x=None, *, backend=None):
             served = True
             answer = "chosen" + _version_of(name)
         print(f"  {name:<10} {answer}")
+    print(f"  {_about_cuda()}")
+
+
+def _about_cuda():
+    engine = backends.load("cuda")
+    reason = engine if isinstance(engine, str) else engine.refusal()
+    return f"{'cuda':<10} " + ("serves arrays on a GPU" if reason is None else f"cannot: {reason}")
 
 
 def _version_of(name):

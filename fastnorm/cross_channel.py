@@ -5,13 +5,13 @@ They are what batch norm replaced and what detectors put beside it; no kernel se
 
 import numpy as np
 
-from fastnorm import functional, geometry
+from fastnorm import checks, geometry
 
 
 def _result(name, x, out):
     if out is None:
         return np.empty(x.shape, x.dtype)
-    functional.check_out(name, out, x, (("x", x),))
+    checks.check_out(name, out, x, (("x", x),))
     return out
 
 
@@ -28,8 +28,8 @@ def _window_sums(squares, size):
 
 
 def _channels_at_1(name, x, layout):
-    functional.check_input(name, x, least=2)
-    return geometry.as_asked(x, functional.channels_first(name, layout), True)
+    checks.check_input(name, x, least=2, on_gpu=False)
+    return geometry.as_asked(x, checks.channels_first(name, layout), True)
 
 
 def _check_size(name, size):
@@ -62,7 +62,7 @@ def local_response_norm(x, size, alpha=1e-4, beta=0.75, k=1.0, *, layout="NCHW",
     moved = _channels_at_1(name, x, layout).astype(np.float64)
     y = _result(name, x, out)
     base = k + alpha / size * _window_sums(np.square(moved), size)
-    y[...] = geometry.as_asked(moved / base**beta, True, functional.channels_first(name, layout))
+    y[...] = geometry.as_asked(moved / base**beta, True, checks.channels_first(name, layout))
     return y
 
 
@@ -77,7 +77,7 @@ def local_response_norm_backward(
     name = "local_response_norm_backward"
     size = _check_size(name, size)
     moved = _channels_at_1(name, x, layout).astype(np.float64)
-    functional.check_input(name, dy, "dy", like=x)
+    checks.check_input(name, dy, "dy", like=x, on_gpu=False)
     grad = _channels_at_1(name, dy, layout).astype(np.float64)
     dx = _result(name, x, out)
     base = k + alpha / size * _window_sums(np.square(moved), size)
@@ -85,7 +85,7 @@ def local_response_norm_backward(
     # The channels whose window holds this one: the mirrored window.
     mirrored = _window_sums(terms[:, ::-1], size)[:, ::-1]
     result = grad * base**-beta - (2 * alpha * beta / size) * moved * mirrored
-    dx[...] = geometry.as_asked(result, True, functional.channels_first(name, layout))
+    dx[...] = geometry.as_asked(result, True, checks.channels_first(name, layout))
     return dx
 
 
@@ -106,7 +106,7 @@ def normalize(x, p=2.0, dim=1, eps=1e-12, *, out=None):
         y like x.
     """
     name = "normalize"
-    functional.check_input(name, x)
+    checks.check_input(name, x, on_gpu=False)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{name}: dim is {dim}, expected an axis of x {x.shape}")
     if not p > 0:
@@ -134,8 +134,8 @@ def normalize_backward(dy, x, dim=1, eps=1e-12, *, out=None):
         dx = (dy - y*sum(dy*y)) / n
     """
     name = "normalize_backward"
-    functional.check_input(name, x)
-    functional.check_input(name, dy, "dy", like=x)
+    checks.check_input(name, x, on_gpu=False)
+    checks.check_input(name, dy, "dy", like=x, on_gpu=False)
     dx = _result(name, x, out)
     norm = _norm(x, 2.0, dim)
     y = x / np.maximum(norm, eps)

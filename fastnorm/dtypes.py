@@ -1,4 +1,4 @@
-"""The table of element types: one row for each type that x may have."""
+"""The tables of element types: one row for each type that x may have."""
 
 from typing import NamedTuple
 
@@ -21,3 +21,20 @@ TABLE = {
     )
 }
 NAMES = " or ".join(str(storage) for storage in TABLE)
+
+
+class DeviceType(NamedTuple):
+    itemsize: int
+    accumulator: str  # of statistics and of the arithmetic
+    eps: float
+    tolerance: float
+
+
+# By name: NumPy has no bfloat16.
+DEVICE_TABLE = {
+    "float32": DeviceType(4, "float32", 2.0**-23, 2e-6),
+    "float64": DeviceType(8, "float64", 2.0**-52, 1e-14),
+    "float16": DeviceType(2, "float32", 2.0**-10, 1e-3),
+    "bfloat16": DeviceType(2, "float32", 2.0**-7, 8e-3),
+}
+DEVICE_NAMES = ", ".join(DEVICE_TABLE)

@@ -1,8 +1,9 @@
 """The normalizations as functions: check, find the geometry, call a backend.
 
-Every argument is checked here, before anything is written, and every error text is here. Names,
-order and defaults follow torch.nn.functional. Shapes below are for layout="NCHW"; with "NHWC"
-the channels are the last axis. In all of them:
+Every argument is checked, by checks.py, before anything is written. Names, order and defaults
+follow torch.nn.functional. Arrays are NumPy's, or any library's on a GPU (see device.py), and
+results are of the same kind. Shapes below are for layout="NCHW"; with "NHWC" the channels are the
+last axis. In all of them:
 
     layout        "NCHW" or "channels_first": channels at axis 1, at any rank; "NHWC" or
                   "channels_last": channels at the last axis. It is the order of the shape; an
@@ -11,178 +12,34 @@ the channels are the last axis. In all of them:
     out           receives the result and is returned: an array of x's shape and dtype, which
                   may be x itself
     return_stats  also return the Statistics, which the backward needs
-    backend       None (the first that can), "native", "numba" or "reference"
+    backend       None (the first that can), "native", "numba" or "reference"; "cuda" for arrays
+                  on a GPU
     num_threads   None (as set_num_threads says), 0 (all processors) or a number
     Raises        TypeError for a wrong type or dtype, ValueError for a wrong shape or value
 """
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
 
-from fastnorm import backends, config, geometry
+from fastnorm import backends, config, geometry, on_device
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
-from fastnorm.dtypes import NAMES as DTYPE_NAMES
+from fastnorm.checks import (
+    channels_first,
+    check_channels,
+    check_input,
+    check_number,
+    check_out,
+    check_trailing,
+    check_writable,
+    seen,
+)
+from fastnorm.device import DeviceArray
 from fastnorm.dtypes import TABLE
+from fastnorm.results import Gradients, Statistics
 
 CONVENTIONS = ("torch", "keras")
 
 # Most calls have nothing to look at closely, which compiled code sees sooner.
 _plain = getattr(backends.load("native"), "plain", lambda *_: False)
-_fits = getattr(backends.load("native"), "fits", lambda *_: False)
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What a forward normalized with: float64 arrays, one value for each set.
-
-    Shaped (C,) for batch norm, (N, C) for instance norm, (N, G) for group norm, and as the
-    leading axes of x for layer and RMS norm.
-
-    Attributes:
-        mean: of the values (for RMS norm 0).
-        var: the population variance (for RMS norm the mean square).
-        rstd: 1 / sqrt(var + eps).
-        given: True where they are running statistics: a backward takes them as constants.
-    """
-
-    mean: np.ndarray
-    var: np.ndarray
-    rstd: np.ndarray
-    given: bool = False
-
-
-class Gradients(NamedTuple):
-    """Gradients of a backward, by x, weight and bias (RMS norm: None)."""
-
-    dx: np.ndarray
-    dweight: np.ndarray
-    dbias: np.ndarray | None
-
-
-# ---- checks ------------------------------------------------------------------------------
-
-
-def check_input(name, x, what="x", least=1, like=None):
-    if not isinstance(x, np.ndarray):
-        raise TypeError(
-            f"{name}: {what} is a {type(x).__name__}, expected a numpy.ndarray;"
-            f" did you mean numpy.asarray({what})?"
-        )
-    if x.dtype not in TABLE:
-        raise TypeError(
-            f"{name}: {what} has dtype {x.dtype}, expected {DTYPE_NAMES};"
-            f" did you mean {what}.astype(numpy.float32)?"
-        )
-    if x.ndim < least:
-        raise ValueError(
-            f"{name}: {what} has shape {x.shape}, expected at least {least} axes;"
-            " is the batch axis missing?"
-        )
-    if like is not None and (x.shape != like.shape or x.dtype != like.dtype):
-        raise ValueError(
-            f"{name}: {what} has shape {x.shape} and dtype {x.dtype}, expected those of x,"
-            f" {like.shape} and {like.dtype}"
-        )
-
-
-def channels_first(name, layout):
-    try:
-        return geometry.CHANNELS_FIRST[layout]
-    except (KeyError, TypeError):
-        known = ", ".join(map(repr, geometry.CHANNELS_FIRST))
-        raise ValueError(f"{name}: layout is {layout!r}, expected one of {known}") from None
-
-
-def _check_number(name, what, value):
-    try:
-        if math.isfinite(value):
-            return float(value)
-    except TypeError:
-        raise TypeError(f"{name}: {what} is {value!r}, expected a number") from None
-    raise ValueError(f"{name}: {what} is {value!r}, expected a finite number")
-
-
-def _is_parameter(array, shape):
-    return isinstance(array, np.ndarray) and array.shape == shape and array.dtype in TABLE
-
-
-def _refuse_parameter(name, what, array, shape, why):
-    """Say what is wrong with a weight, bias or running statistic."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(
-            f"{name}: {what} is a {type(array).__name__}, expected a numpy.ndarray or None"
-        )
-    if array.dtype not in TABLE:
-        raise TypeError(f"{name}: {what} has dtype {array.dtype}, expected {DTYPE_NAMES}")
-    raise ValueError(f"{name}: {what} has shape {array.shape}, expected {shape} = {why}")
-
-
-def _check_channels(name, x, layout, first, **parameters):
-    """Every parameter has one value for each channel of x."""
-    channels = x.shape[geometry.channel_axis(first)]
-    if _fits(channels, parameters.values()):
-        return channels
-    shape = (channels,)
-    for what, array in parameters.items():
-        if array is None or _is_parameter(array, shape):
-            continue
-        why = f"channels of x {x.shape} with layout={layout!r}"
-        if getattr(array, "shape", None) == (x.shape[geometry.channel_axis(not first)],):
-            why += f"; did you mean layout={'NHWC' if first else 'NCHW'!r}?"
-        _refuse_parameter(name, what, array, shape, why)
-    return channels
-
-
-def _check_trailing(name, x, shape, **parameters):
-    """Every parameter has one value for each place of the trailing axes."""
-    for what, array in parameters.items():
-        if array is not None and not _is_parameter(array, shape):
-            why = f"normalized_shape, trailing axes of x {x.shape}"
-            _refuse_parameter(name, what, array, shape, why)
-
-
-def _apart(a, b):
-    """Whether two arrays share no memory; quickly where each owns its own."""
-    if a.base is None and b.base is None:
-        return a is not b
-    return not np.may_share_memory(a, b) or not np.shares_memory(a, b)
-
-
-def _same_memory(a, b):
-    return a is b or (
-        a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides
-    )
-
-
-def _check_writable(name, what, array, *others):
-    """An array that is updated in place, and shares no memory with the others."""
-    if not array.flags.writeable:
-        raise ValueError(f"{name}: {what} is read-only, expected a writable array")
-    for other_name, other in others:
-        if other is not None and not _apart(array, other):
-            raise ValueError(
-                f"{name}: {what} shares memory with {other_name}, expected an array apart"
-            )
-
-
-def check_out(name, out, x, same, others=()):
-    """`out` has x's shape and dtype, is writable, and overlaps nothing but what it is."""
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{name}: out is a {type(out).__name__}, expected a numpy.ndarray or None")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(
-            f"{name}: out has shape {out.shape} and dtype {out.dtype}, expected those of x,"
-            f" {x.shape} and {x.dtype}"
-        )
-    if not out.flags.c_contiguous and out.size > 1 and 0 in out.strides:
-        raise ValueError(f"{name}: out has strides {out.strides}: several elements share memory")
-    _check_writable(name, "out", out, *others)
-    for other_name, other in same:
-        if not _apart(out, other) and not _same_memory(out, other):
-            raise ValueError(f"{name}: out shares memory with {other_name}, expected all or none")
 
 
 def _in_one_type(*parameters):
@@ -210,8 +67,13 @@ def _forward(
     channel_order is (layout is channels first) for arrays with a channel axis, else None;
     shape_of(shape, first) gives the geometry of a C-contiguous array.
     """
-    eps = _check_number(name, "eps", eps)
+    eps = check_number(name, "eps", eps)
     num_threads = config.check_threads(name, num_threads)
+    if isinstance(x, DeviceArray):
+        return on_device.forward(
+            name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats,
+            flags, backend, running, momentum,
+        )
     engine = config.choose(name, backend, x.dtype)
     parameters = (weight, bias, *running)
     if _plain(x, out, parameters):
@@ -270,8 +132,13 @@ def _backward(
     name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
     backend, num_threads, with_bias=True,
 ):
-    check_input(name, dy, "dy", like=x)
+    dy = check_input(name, dy, "dy", like=x)
     num_threads = config.check_threads(name, num_threads)
+    if isinstance(x, DeviceArray):
+        return on_device.backward(
+            name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape,
+            flags, backend, with_bias,
+        )
     engine = config.choose(name, backend, x.dtype)
     mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
     plain = _plain(x, out, (weight,), dy)
@@ -355,13 +222,13 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
     """
     name = "batch_norm"
-    check_input(name, x, least=2)
+    x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = _check_channels(
+    channels = check_channels(
         name, x, layout, first, running_mean=running_mean, running_var=running_var, weight=weight,
         bias=bias,
     )
-    momentum = _check_number(name, "momentum", momentum)
+    momentum = check_number(name, "momentum", momentum)
     flags = 0
     if convention not in CONVENTIONS:
         raise ValueError(f"{name}: convention is {convention!r}, expected 'torch' or 'keras'")
@@ -385,20 +252,25 @@ def batch_norm(
 
 
 def _check_training(name, x, sets, eps, weight, bias, running_mean, running_var):
-    if _check_number(name, "eps", eps) <= 0:
+    if check_number(name, "eps", eps) <= 0:
         raise ValueError(f"{name}: eps is {eps!r}, expected more than 0 in training")
     if x.size and x.size == sets:
         raise ValueError(
             f"{name}: x has shape {x.shape}, one value for each channel, expected more than one in"
             " training; did you mean training=False?"
         )
+    if isinstance(x, DeviceArray):
+        weight, bias, running_mean, running_var = (
+            None if array is None else seen(array, x)
+            for array in (weight, bias, running_mean, running_var)
+        )
     others = (("x", x), ("weight", weight), ("bias", bias))
     if running_mean is not None:
-        _check_writable(
+        check_writable(
             name, "running_mean", running_mean, *others, ("running_var", running_var)
         )
     if running_var is not None:
-        _check_writable(name, "running_var", running_var, *others)
+        check_writable(name, "running_var", running_var, *others)
 
 
 def batch_norm_backward(
@@ -423,9 +295,9 @@ def batch_norm_backward(
         weight or a bias.
     """
     name = "batch_norm_backward"
-    check_input(name, x, least=2)
+    x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = _check_channels(name, x, layout, first, weight=weight)
+    channels = check_channels(name, x, layout, first, weight=weight)
     return _backward(
         name, dy, x, stats, weight, out, first, geometry.batch, (channels,), (channels,), 0,
         backend, num_threads,
@@ -469,9 +341,9 @@ def group_norm(
         Wu and He, "Group Normalization", 2018.
     """
     name = "group_norm"
-    check_input(name, x, least=2)
+    x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    _check_channels(name, x, layout, first, weight=weight, bias=bias)
+    check_channels(name, x, layout, first, weight=weight, bias=bias)
     groups, shape_of = _groups(name, x, num_groups, first)
     return _forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], groups), return_stats, 0,
@@ -493,9 +365,9 @@ def group_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape (C,).
     """
     name = "group_norm_backward"
-    check_input(name, x, least=2)
+    x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = _check_channels(name, x, layout, first, weight=weight)
+    channels = check_channels(name, x, layout, first, weight=weight)
     groups, shape_of = _groups(name, x, num_groups, first)
     return _backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], groups), (channels,), 0,
@@ -530,13 +402,13 @@ def instance_norm(
         Ulyanov et al., "Instance Normalization", 2016.
     """
     name = "instance_norm"
-    check_input(name, x, least=2)
+    x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = _check_channels(
+    channels = check_channels(
         name, x, layout, first, running_mean=running_mean, running_var=running_var, weight=weight,
         bias=bias,
     )
-    momentum = _check_number(name, "momentum", momentum)
+    momentum = check_number(name, "momentum", momentum)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -573,9 +445,9 @@ def instance_norm_backward(
         return batch_norm_backward(
             dy, x, stats, weight, layout=layout, out=out, backend=backend, num_threads=num_threads
         )
-    check_input(name, x, least=2)
+    x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = _check_channels(name, x, layout, first, weight=weight)
+    channels = check_channels(name, x, layout, first, weight=weight)
     _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
     return _backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], channels), (channels,), 0,
@@ -625,9 +497,9 @@ def layer_norm(
         Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
     name = "layer_norm"
-    check_input(name, x)
+    x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
-    _check_trailing(name, x, shape, weight=weight, bias=bias)
+    check_trailing(name, x, shape, weight=weight, bias=bias)
     return _forward(
         name, x, out, None, shape_of, weight, bias, eps, leading, return_stats, 0, backend,
         num_threads,
@@ -647,9 +519,9 @@ def layer_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape normalized_shape.
     """
     name = "layer_norm_backward"
-    check_input(name, x)
+    x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
-    _check_trailing(name, x, shape, weight=weight)
+    check_trailing(name, x, shape, weight=weight)
     return _backward(
         name, dy, x, stats, weight, out, None, shape_of, leading, shape, 0, backend, num_threads
     )
@@ -677,11 +549,11 @@ def rms_norm(
         Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     name = "rms_norm"
-    check_input(name, x)
+    x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
-    _check_trailing(name, x, shape, weight=weight)
+    check_trailing(name, x, shape, weight=weight)
     if eps is None:
-        eps = TABLE[x.dtype].eps
+        eps = x.eps if isinstance(x, DeviceArray) else TABLE[x.dtype].eps
     return _forward(
         name, x, out, None, shape_of, weight, None, eps, leading, return_stats, NO_MEAN, backend,
         num_threads,
@@ -704,9 +576,9 @@ def rms_norm_backward(
         Gradients(dx, dweight, None), dweight of shape normalized_shape.
     """
     name = "rms_norm_backward"
-    check_input(name, x)
+    x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
-    _check_trailing(name, x, shape, weight=weight)
+    check_trailing(name, x, shape, weight=weight)
     return _backward(
         name, dy, x, stats, weight, out, None, shape_of, leading, shape, NO_MEAN, backend,
         num_threads, with_bias=False,

@@ -1,4 +1,4 @@
-"""Layers with torch.nn's constructors and state, on NumPy arrays. No arithmetic lives here.
+"""Layers with torch.nn's constructors and state. No arithmetic lives here.
 
 A layer is called on an array, keeps what its backward needs, and gives the input's gradient:
 
@@ -6,6 +6,7 @@ A layer is called on an array, keeps what its backward needs, and gives the inpu
     >>> y = layer(x)
     >>> dx = layer.backward(dy)          # adds to layer.grad_weight, layer.grad_bias
 
+The arrays are NumPy's or on a GPU (see fastnorm.device); parameters follow the input to its place.
 Every layer also takes `layout` (where the input has a channel axis), `dtype` of its parameters
 and `backend`. state_dict() and load_state_dict() use PyTorch's key names, so that
 
@@ -17,7 +18,7 @@ both work.
 
 import numpy as np
 
-from fastnorm import cross_channel, functional
+from fastnorm import cross_channel, device, functional
 from fastnorm.dtypes import NAMES, TABLE
 
 
@@ -33,6 +34,7 @@ class Layer:
         self.backend = backend
         self.training = True
         self._saved = None
+        self._on_gpu = False
         functional.channels_first(type(self).__name__, layout)
         if self.dtype not in TABLE:
             raise TypeError(f"{type(self).__name__}: dtype is {self.dtype}, expected {NAMES}")
@@ -62,12 +64,26 @@ class Layer:
         )
         self.grad_weight = self.grad_bias = None
 
+    def _follow(self, x):
+        """Move parameters, their gradients and running statistics to where x is."""
+        on_gpu = not isinstance(x, np.ndarray) and device.view_of(x) is not None
+        if on_gpu == self._on_gpu:
+            return
+        self._on_gpu = on_gpu
+        for name in (*self.parameters, "running_mean", "running_var"):
+            setattr(self, name, device.beside(getattr(self, name, None), x))
+            if name in self.parameters:
+                grad = f"grad_{name}"
+                setattr(self, grad, device.beside(getattr(self, grad), x))
+
     def _accumulate(self, dweight, dbias):
         for name, gradient in (("weight", dweight), ("bias", dbias)):
             if name in self.parameters:
                 before = getattr(self, f"grad_{name}")
-                gradient = gradient.astype(self.dtype, copy=False)
-                setattr(self, f"grad_{name}", gradient if before is None else before + gradient)
+                if isinstance(gradient, np.ndarray):
+                    gradient = gradient.astype(self.dtype, copy=False)
+                after = gradient if before is None else device.added(before, gradient)
+                setattr(self, f"grad_{name}", after)
 
     def _take_saved(self):
         if self._saved is None:
@@ -77,7 +93,7 @@ class Layer:
     def state_dict(self):
         """Copies of parameters and buffers by PyTorch's names."""
         names = (*self.parameters, *self._buffers)
-        return {name: np.array(getattr(self, name)) for name in names}
+        return {name: device.to_host(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state):
         """Copy values in. Raises ValueError for missing or unknown names and wrong shapes,
@@ -96,6 +112,7 @@ class Layer:
                 )
         for key, value in values.items():
             setattr(self, key, value.astype(expected[key].dtype))
+        self._on_gpu = False  # or the next call on a GPU would not move them
 
     def __repr__(self):
         return f"{type(self).__name__}({self._describe()})"
@@ -134,6 +151,7 @@ class _ChannelNorm(Layer):
     def reset_running_stats(self):
         """Running mean 0, running variance 1, no batches."""
         if self.track_running_stats:
+            self._on_gpu = False
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
             self.num_batches_tracked = np.zeros((), np.int64)
@@ -191,6 +209,7 @@ class _BatchNorm(_ChannelNorm):
     def forward(self, x):
         """Normalize x; in training also move the running statistics."""
         self._check_rank(x)
+        self._follow(x)
         use_batch = self.training or not self.track_running_stats
         moving = self.training and self.track_running_stats
         running = self.track_running_stats and (moving or not use_batch)
@@ -254,6 +273,7 @@ class _InstanceNorm(_ChannelNorm):
     def forward(self, x):
         """Normalize x; in training also move the running statistics, where there are any."""
         self._check_rank(x)
+        self._follow(x)
         alone = x.ndim == self._ranks[0]
         batched = x[np.newaxis] if alone else x
         use_input = self.training or not self.track_running_stats
@@ -406,6 +426,7 @@ class GroupNorm(Layer):
         self._set_parameters((num_channels,), affine, affine)
 
     def forward(self, x):
+        self._follow(x)
         y, stats = functional.group_norm(
             x, self.num_groups, self.weight, self.bias, self.eps, layout=self.layout,
             return_stats=True, backend=self.backend,
@@ -460,6 +481,7 @@ class LayerNorm(Layer):
         self._set_parameters(self.normalized_shape, elementwise_affine, elementwise_affine and bias)
 
     def forward(self, x):
+        self._follow(x)
         y, stats = functional.layer_norm(
             x, self.normalized_shape, self.weight, self.bias, self.eps, return_stats=True,
             backend=self.backend,
@@ -515,6 +537,7 @@ class RMSNorm(Layer):
         self._set_parameters(self.normalized_shape, elementwise_affine, False)
 
     def forward(self, x):
+        self._follow(x)
         y, stats = functional.rms_norm(
             x, self.normalized_shape, self.weight, self.eps, return_stats=True, backend=self.backend
         )

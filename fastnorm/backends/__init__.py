@@ -24,6 +24,7 @@ BIASED_RUNNING_VAR = 4
 
 MODULES = {"native": "native", "numba": "numba_cpu", "reference": "reference"}
 NAMES = tuple(MODULES)
+MODULES["cuda"] = "numba_cuda"  # never for NumPy arrays, and the only one for those on a GPU
 
 _loaded = {}
 

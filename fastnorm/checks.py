@@ -1,0 +1,168 @@
+"""What arguments are refused for, with what error: every text of the calls is here.
+
+An error says what came, what was expected and, where there is one, the likely slip. Nothing has
+been written when it is raised. Arrays are NumPy's, or views of device arrays (device.py), which
+answer to the same names.
+"""
+
+import math
+
+import numpy as np
+
+from fastnorm import backends, device, geometry
+from fastnorm.device import DeviceArray
+from fastnorm.dtypes import DEVICE_NAMES, DEVICE_TABLE, TABLE
+from fastnorm.dtypes import NAMES as DTYPE_NAMES
+
+# Most calls have nothing to look at closely, which compiled code sees sooner.
+_fits = getattr(backends.load("native"), "fits", lambda *_: False)
+
+
+def _sort(x):
+    """What arrays beside x must be: (table of dtypes, its names, the type by name)."""
+    if isinstance(x, DeviceArray):
+        return DEVICE_TABLE, DEVICE_NAMES, f"{x.kind.name} on the GPU"
+    return TABLE, DTYPE_NAMES, "numpy.ndarray"
+
+
+def seen(array, x):
+    """An array as it is looked at beside x: itself, or where x is on a GPU, a view of it; None
+    where it is not of that sort."""
+    if isinstance(x, DeviceArray):
+        return device.view_of(array)
+    return array if isinstance(array, np.ndarray) else None
+
+
+def check_input(name, x, what="x", least=1, like=None, on_gpu=True):
+    """x, or a view of it where it is on a GPU."""
+    given = x
+    if not isinstance(x, np.ndarray):
+        x = device.view_of(x) if on_gpu else None
+        if x is None:
+            raise TypeError(
+                f"{name}: {what} is a {type(given).__name__}, expected a numpy.ndarray;"
+                f" did you mean numpy.asarray({what})?"
+            )
+    known, names, _ = _sort(x)
+    if like is not None and isinstance(x, DeviceArray) != isinstance(like, DeviceArray):
+        raise TypeError(
+            f"{name}: {what} is a {type(given).__name__}, expected like x a {_sort(like)[2]}"
+        )
+    if x.dtype not in known:
+        slip = f"; did you mean {what}.astype(numpy.float32)?" if x is given else ""
+        raise TypeError(f"{name}: {what} has dtype {x.dtype}, expected {names}{slip}")
+    if x.ndim < least:
+        raise ValueError(
+            f"{name}: {what} has shape {x.shape}, expected at least {least} axes;"
+            " is the batch axis missing?"
+        )
+    if like is not None and (x.shape != like.shape or x.dtype != like.dtype):
+        raise ValueError(
+            f"{name}: {what} has shape {x.shape} and dtype {x.dtype}, expected those of x,"
+            f" {like.shape} and {like.dtype}"
+        )
+    return x
+
+
+def channels_first(name, layout):
+    try:
+        return geometry.CHANNELS_FIRST[layout]
+    except (KeyError, TypeError):
+        known = ", ".join(map(repr, geometry.CHANNELS_FIRST))
+        raise ValueError(f"{name}: layout is {layout!r}, expected one of {known}") from None
+
+
+def check_number(name, what, value):
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except TypeError:
+        raise TypeError(f"{name}: {what} is {value!r}, expected a number") from None
+    raise ValueError(f"{name}: {what} is {value!r}, expected a finite number")
+
+
+def _check_parameter(name, what, array, shape, x, why):
+    """A weight, bias or running statistic is None or an array beside x of this shape."""
+    known, names, sort = _sort(x)
+    view = None if array is None else seen(array, x)
+    if array is None or (view is not None and view.shape == shape and view.dtype in known):
+        return
+    if view is None:
+        raise TypeError(f"{name}: {what} is a {type(array).__name__}, expected a {sort} or None")
+    if view.dtype not in known:
+        raise TypeError(f"{name}: {what} has dtype {view.dtype}, expected {names}")
+    raise ValueError(f"{name}: {what} has shape {view.shape}, expected {shape} = {why()}")
+
+
+def check_channels(name, x, layout, first, **parameters):
+    """Every parameter has one value for each channel of x."""
+    channels = x.shape[geometry.channel_axis(first)]
+    if _fits(channels, parameters.values()) and not isinstance(x, DeviceArray):
+        return channels
+    for what, array in parameters.items():
+
+        def why(array=array):
+            told = f"channels of x {x.shape} with layout={layout!r}"
+            if seen(array, x).shape == (x.shape[geometry.channel_axis(not first)],):
+                told += f"; did you mean layout={'NHWC' if first else 'NCHW'!r}?"
+            return told
+
+        _check_parameter(name, what, array, (channels,), x, why)
+    return channels
+
+
+def check_trailing(name, x, shape, **parameters):
+    """Every parameter has one value for each place of the trailing axes."""
+    for what, array in parameters.items():
+        _check_parameter(
+            name, what, array, shape, x,
+            lambda: f"normalized_shape, trailing axes of x {x.shape}",
+        )
+
+
+def apart(a, b):
+    """Whether two arrays share no memory; quickly where each owns its own."""
+    if isinstance(a, DeviceArray):
+        return a.apart(b)
+    if a.base is None and b.base is None:
+        return a is not b
+    return not np.may_share_memory(a, b) or not np.shares_memory(a, b)
+
+
+def same_memory(a, b):
+    if isinstance(a, DeviceArray):
+        return a.span() == b.span() and a.strides == b.strides and a.shape == b.shape
+    return a is b or (
+        a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides
+    )
+
+
+def check_writable(name, what, array, *others):
+    """An array that is updated in place, and shares no memory with the others."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name}: {what} is read-only, expected a writable array")
+    for other_name, other in others:
+        if other is not None and not apart(array, other):
+            raise ValueError(
+                f"{name}: {what} shares memory with {other_name}, expected an array apart"
+            )
+
+
+def check_out(name, out, x, same, others=()):
+    """`out` has x's shape and dtype, is writable, and overlaps nothing but what it is."""
+    given, out = out, seen(out, x)
+    if out is None:
+        raise TypeError(
+            f"{name}: out is a {type(given).__name__}, expected a {_sort(x)[2]} or None"
+        )
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: out has shape {out.shape} and dtype {out.dtype}, expected those of x,"
+            f" {x.shape} and {x.dtype}"
+        )
+    if not out.flags.c_contiguous and out.size > 1 and 0 in out.strides:
+        raise ValueError(f"{name}: out has strides {out.strides}: several elements share memory")
+    check_writable(name, "out", out, *others)
+    for other_name, other in same:
+        if not apart(out, other) and not same_memory(out, other):
+            raise ValueError(f"{name}: out shares memory with {other_name}, expected all or none")
