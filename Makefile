@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c demo lint check clean bench cost warmup
+.PHONY: help install build test test-c test-cuda demo lint check clean bench bench-gpu cost warmup
 PYTHON ?= python
 
 help:  ## list the tasks
@@ -18,6 +18,12 @@ test-c:  ## build and run the C example and the C test
 
 bench:  ## measure a few cells against the memory floor and PyTorch
 	$(PYTHON) -m fastnorm bench --quick
+
+bench-gpu:  ## measure the CUDA backend beside PyTorch, on a machine with a GPU
+	$(PYTHON) benchmarks/gpu.py
+
+test-cuda:  ## compile and assemble every CUDA kernel; installs the toolkit, needs no GPU
+	$(PYTHON) -m pip install ".[test,cuda-test]" && $(PYTHON) -m pytest tests/test_cuda.py
 
 cost:  ## measure how a call grows with its sizes, for docs/cost-model.md
 	$(PYTHON) benchmarks/cost_model.py docs/cost-model.png
