@@ -24,7 +24,7 @@ from setuptools.errors import BaseError, CCompilerError
 ROOT = Path(__file__).parent.resolve()
 KERNELS = Path("fastnorm/kernels")
 HEADER = Path("include/fastnorm.h")
-DTYPES = ("32", "64")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 LEVELS = (
     {
@@ -123,6 +123,7 @@ class BuildWithLibrary(build_ext):
                         INLINE,
                         python,
                         f"-DFN_DTYPE={dtype}",
+                        f"-DFN_TYPE_{dtype}",
                         f"-DFN_LEVEL={level}",
                         f"-DPyInit_{name}=PyInit_{variant}",
                         f"-D__pyx_module_is_main_fastnorm__kernels__{name}=is_main_{variant}",

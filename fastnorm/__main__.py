@@ -30,7 +30,9 @@ def main(arguments=None):
     )
     bench.add_argument("--quick", action="store_true", help="a few cells, under a minute")
     bench.add_argument("--threads", type=_positive, default=2)
-    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument(
+        "--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32"
+    )
     bench.add_argument("--only", default="", metavar="TEXT", help="cells whose name holds TEXT")
     bench.add_argument("--contenders", metavar="A,B", help="instead of all that are installed")
     bench.add_argument("--seconds", type=float, help="for each cell")

@@ -13,14 +13,21 @@ class DType(NamedTuple):
     tolerance: float  # relative to the largest value of y, against the exact result
 
 
-TABLE = {
-    row.storage: row
-    for row in (
-        DType(np.dtype(np.float32), np.dtype(np.float64), 1, 2.0**-23, 1e-6),
-        DType(np.dtype(np.float64), np.dtype(np.float64), 2, 2.0**-52, 1e-14),
+_ROWS = [
+    DType(np.dtype(np.float32), np.dtype(np.float64), 1, 2.0**-23, 1e-6),
+    DType(np.dtype(np.float64), np.dtype(np.float64), 2, 2.0**-52, 1e-14),
+    DType(np.dtype(np.float16), np.dtype(np.float64), 3, 2.0**-10, 5e-4),
+]
+try:  # NumPy's bfloat16, for those who have it
+    import ml_dtypes
+except ImportError:
+    pass
+else:
+    _ROWS.append(
+        DType(np.dtype(ml_dtypes.bfloat16), np.dtype(np.float64), 4, 2.0**-7, 4e-3)
     )
-}
-NAMES = " or ".join(str(storage) for storage in TABLE)
+TABLE = {row.storage: row for row in _ROWS}
+NAMES = "float32, float64, float16 or (of ml_dtypes) bfloat16"
 
 
 class DeviceType(NamedTuple):

@@ -202,7 +202,7 @@ def batch_norm(
                   variance, as Keras, ONNX and d2l have it
 
     Args:
-        x: (N, C, *spatial), float32 or float64.
+        x: (N, C, *spatial), a float type (see fastnorm.dtypes).
         running_mean, running_var: (C,), required outside training.
         weight, bias: (C,), or None for 1 and 0.
         training: whether to use and record the statistics of x.
@@ -330,7 +330,7 @@ def group_norm(
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Args:
-        x: (N, C, *spatial), float32 or float64.
+        x: (N, C, *spatial), a float type (see fastnorm.dtypes).
         num_groups: G, a divisor of C.
         weight, bias: (C,), or None for 1 and 0.
 
@@ -389,7 +389,7 @@ def instance_norm(
     of the samples' means and unbiased variances. Without, they normalize, as in batch_norm.
 
     Args:
-        x: (N, C, *spatial), float32 or float64.
+        x: (N, C, *spatial), a float type (see fastnorm.dtypes).
         running_mean, running_var, weight, bias: (C,) or None.
 
     Returns:
@@ -486,7 +486,7 @@ def layer_norm(
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Args:
-        x: (*leading, *normalized_shape), float32 or float64.
+        x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
         normalized_shape: an int or a sequence of ints.
         weight, bias: of shape normalized_shape, or None for 1 and 0.
 
@@ -537,7 +537,7 @@ def rms_norm(
         y = x / sqrt(mean(x*x) + eps) * weight
 
     Args:
-        x: (*leading, *normalized_shape), float32 or float64.
+        x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
         normalized_shape: an int or a sequence of ints.
         weight: of shape normalized_shape, or None for 1.
         eps: None is the machine epsilon of x's dtype.

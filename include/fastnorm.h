@@ -16,8 +16,8 @@ extern "C" {
  * Introduction
  *
  * libfastnorm computes batch, instance, group, layer and RMS normalization, forward and
- * backward, on dense float32 and float64 arrays, channels first or last. It needs libc and
- * libm, and OpenMP where it was built with it. It needs no Python.
+ * backward, on dense arrays of float32, float64, float16 and bfloat16, channels first or last.
+ * It needs libc and libm, and OpenMP where it was built with it. It needs no Python.
  *
  * What it promises, everywhere:
  *   - every call returns a fastnorm_status; nothing is printed, nothing aborts;
@@ -77,7 +77,13 @@ FASTNORM_API const char *fastnorm_status_string(fastnorm_status status);
 
 /* ---- Types ----------------------------------------------------------------------------- */
 
-typedef enum fastnorm_dtype { FASTNORM_FLOAT32 = 1, FASTNORM_FLOAT64 = 2 } fastnorm_dtype;
+/* Arithmetic is in float32 for all but float64, and sums are in float64 where they are long. */
+typedef enum fastnorm_dtype {
+    FASTNORM_FLOAT32 = 1,
+    FASTNORM_FLOAT64 = 2,
+    FASTNORM_FLOAT16 = 3, /* IEEE binary16 */
+    FASTNORM_BFLOAT16 = 4 /* the upper half of a float32 */
+} fastnorm_dtype;
 
 typedef enum fastnorm_layout { FASTNORM_NCHW = 1, FASTNORM_NHWC = 2 } fastnorm_layout;
 

@@ -6,7 +6,9 @@ import numpy as np
 import oracle
 
 import fastnorm
+from fastnorm.dtypes import TABLE
 
+DTYPES = list(TABLE)
 
 @dataclass(frozen=True)
 class Case:
@@ -64,6 +66,9 @@ class Case:
 
     def exact(self, x, dy, weight, bias, eps=1e-5):
         """The oracle's answer, channels first."""
+        x, dy, weight, bias = (
+            None if a is None else a.astype(np.longdouble) for a in (x, dy, weight, bias)
+        )
         if self.by_channel:
             return oracle.channel_norm(x, dy, self.norm, self.groups, weight, bias, eps)
         return oracle.row_norm(x, dy, self.axes, weight, bias, eps, self.norm == "layer")

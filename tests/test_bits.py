@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from cases import large_cases, small_cases
+from cases import DTYPES, large_cases, small_cases
 from conftest import LEVELS
 from test_grid import layouts, to_layout
 
@@ -29,7 +29,7 @@ def everything(case, layout, dtype, threads):
     return [a.tobytes() for a in arrays if a is not None]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", small_cases() + large_cases(), ids=str)
 def test_threads_and_levels_change_no_bit(case, dtype, monkeypatch):
     levels = [n for name, n in LEVELS.items() if name <= native.isa_name()] or [0]

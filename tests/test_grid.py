@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from cases import large_cases, small_cases
+from cases import DTYPES, large_cases, small_cases
 
+from fastnorm import backends
 from fastnorm.dtypes import TABLE
 
 THREADS = (1, 2, 3)
@@ -55,9 +56,16 @@ STRIDES = {
 }
 
 
+def skip_what_it_does_not_serve(engine, dtype):
+    reason = backends.refusal(engine, np.dtype(dtype))
+    if reason is not None:
+        pytest.skip(f"{engine}: {reason}")
+
+
 def check(
     case, layout, dtype, engine, threads, use_out, arrange=np.ascontiguousarray, weighted=True
 ):
+    skip_what_it_does_not_serve(engine, dtype)
     x, dy, weight, bias = case.arrays(dtype, weighted=weighted)
     exact = case.exact(x, dy, weight, bias)
     common = {"backend": engine, "num_threads": threads}
@@ -93,13 +101,15 @@ def check(
         assert value.shape == wanted.shape, name
         scale = max(terms.get(name, 1e-300), float(np.max(np.abs(wanted))))
         worst = float(np.max(np.abs(value.astype(np.longdouble) - wanted))) / scale
-        assert worst < tolerance, f"{name} is off by {worst:.2e} of its largest value"
+        # Statistics are as good as in float32, but that values on a coarse grid round alike.
+        limit = min(tolerance, 3e-6) if name in ("mean", "var", "rstd") else tolerance
+        assert worst < limit, f"{name} is off by {worst:.2e} of its largest value"
     for a, b in ((lx, x), (ldy, dy)):
         assert np.array_equal(from_layout(a, layout), b), "an input was written"
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weight", "plain"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", small_cases(), ids=str)
 def test_small(case, dtype, engine, weighted):
     for layout in layouts(case):
@@ -108,7 +118,7 @@ def test_small(case, dtype, engine, weighted):
                 check(case, layout, dtype, engine, threads, use_out, weighted=weighted)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", large_cases(), ids=str)
 def test_large(case, dtype, engine):
     for layout in layouts(case):
@@ -123,12 +133,13 @@ def test_strides(case, stride, engine):
             check(case, layout, np.float32, engine, 2, use_out, STRIDES[stride])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case", [c for c in small_cases() if len(c.shape) > 2 and c.by_channel], ids=str
 )
 def test_memory_order_is_kept(case, dtype, engine):
     """A transposed view is computed as it lies: same values, same memory order as x."""
+    skip_what_it_does_not_serve(engine, dtype)
     x, dy, weight, bias = case.arrays(dtype)
     straight, stats = case.forward(x, weight, bias, return_stats=True, backend=engine)
     other, other_stats = case.forward(
@@ -168,17 +179,19 @@ def test_in_place(case, engine):
 
 
 @pytest.mark.parametrize("case", [c for c in small_cases() if c.norm == "batch"], ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_given_statistics(case, dtype, engine):
     """Evaluation uses the running statistics, and its backward takes them as constants."""
     import oracle
 
     import fastnorm
 
+    skip_what_it_does_not_serve(engine, dtype)
     x, dy, weight, bias = case.arrays(dtype)
     rng = np.random.default_rng(1)
     running = rng.normal(size=case.shape[1]), rng.uniform(0.5, 2, case.shape[1])
-    exact = oracle.channel_norm(x, dy, "batch", 0, weight, bias, 1e-5, running)
+    wide = (a.astype(np.longdouble) for a in (weight, bias))
+    exact = oracle.channel_norm(x, dy, "batch", 0, *wide, 1e-5, running)
     for layout in layouts(case):
         for threads in THREADS:
             y, stats = fastnorm.batch_norm(
@@ -208,4 +221,4 @@ def test_given_statistics(case, dtype, engine):
             )
             for found, wanted in pairs:
                 tolerance = TABLE[np.dtype(dtype)].tolerance * np.max(np.abs(wanted))
-                assert np.max(np.abs(found - wanted)) < tolerance
+                assert np.max(np.abs(found.astype(np.longdouble) - wanted)) < tolerance

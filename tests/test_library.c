@@ -220,6 +220,33 @@ static void test_values(void)
     CHECK(worst_dx < 2e-5);
 }
 
+/* Ones and their negatives, of which each type holds the values exactly: bits of 1.0 are known. */
+static void test_short_types(void)
+{
+    const struct {
+        fastnorm_dtype dtype;
+        uint16_t one, three; /* 1.0 and 3.0 */
+    } types[] = {{FASTNORM_FLOAT16, 0x3c00, 0x4200}, {FASTNORM_BFLOAT16, 0x3f80, 0x4040}};
+    enum { N = 70 };
+    for (int t = 0; t < 2; t++) {
+        uint16_t in[N], out[N + 1], w[N];
+        double found_mean, found_rstd;
+        int right = 1;
+        for (int at = 0; at < N; at++) {
+            in[at] = (uint16_t)(types[t].one | (at % 2 ? 0x8000 : 0));
+            w[at] = types[t].three;
+        }
+        out[N] = 0x1234;
+        CHECK(fastnorm_layer_norm(types[t].dtype, 1, N, in, w, NULL, 1e-30, out, &found_mean,
+                                  &found_rstd, NULL) == FASTNORM_OK);
+        for (int at = 0; at < N; at++)
+            right = right && out[at] == (uint16_t)(types[t].three | (at % 2 ? 0x8000 : 0));
+        CHECK(right);
+        CHECK(out[N] == 0x1234);
+        CHECK(found_mean == 0 && found_rstd == 1);
+    }
+}
+
 static int pool_calls;
 
 static void backwards_pool(void *user, int64_t n, void (*body)(void *, int64_t), void *context)
@@ -319,6 +346,7 @@ int main(void)
     fill();
     test_errors();
     test_values();
+    test_short_types();
     test_options();
     test_threads();
     test_fork();

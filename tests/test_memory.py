@@ -29,7 +29,7 @@ def sizes_of(cell):
     return geometry.group(shape, first, cell.groups or cell.shape[1])
 
 
-@pytest.mark.parametrize("dtype", [1, 2], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [1, 2, 3, 4], ids=["float32", "float64", "float16", "bfloat16"])
 def test_the_librarys_workspace_is_small_for_every_benchmarked_shape(dtype):
     library = ctypes.CDLL(fastnorm.get_library())
     size = ctypes.c_size_t()

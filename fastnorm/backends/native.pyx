@@ -15,7 +15,6 @@ cdef extern from "fastnorm.h" nogil:
     ctypedef int fastnorm_dtype
     int FASTNORM_OK
     int FASTNORM_FLOAT32
-    int FASTNORM_FLOAT64
     int FASTNORM_OUT_OF_MEMORY
 
     ctypedef struct fastnorm_geometry:
@@ -83,13 +82,13 @@ cdef inline void* data(object array) noexcept:
     return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray> array)
 
 
-cdef inline int code(object array) noexcept:
+cdef inline int code(object array) except -1:
     """fastnorm_dtype of an array of floats; 0 of None."""
     if array is None:
         return 0
     if cnp.PyArray_TYPE(<cnp.ndarray> array) == cnp.NPY_FLOAT32:
         return FASTNORM_FLOAT32
-    return FASTNORM_FLOAT64
+    return TABLE[array.dtype].code
 
 
 cdef inline bint simple(object array, int kind) noexcept:

@@ -24,7 +24,7 @@ ROW_PARTS = 16  # in so many parts at most
 
 
 def supports(dtype):
-    return None if dtype in TABLE else f"no kernels for {dtype}"
+    return None if dtype in TABLE and dtype.itemsize > 2 else f"no kernels for {dtype}"
 
 
 def kernels():

@@ -5,11 +5,13 @@ Each gets its best setting: outputs reused where its interface allows, channels_
 NHWC in PyTorch, buffers donated by jit, and the number of threads of the run.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
 import fastnorm
+from fastnorm import backends
 from fastnorm.bench import onednn
 from fastnorm.bench.cells import Cell
 
@@ -39,7 +41,9 @@ class Problem:
         self.x[...] = rng.normal(0.5, 2, shape)
         self.dy[...] = rng.normal(0, 1, shape)
         channels = cell.shape[1]
-        self.weight, self.bias, self.mean = rng.normal(1, 0.5, (3, channels)).astype(self.dtype)
+        self.weight, self.bias, self.mean = (
+            np.ascontiguousarray(a) for a in rng.normal(1, 0.5, (3, channels)).astype(self.dtype)
+        )
         self.var = rng.uniform(0.5, 2, channels).astype(self.dtype)
         self.out = aligned(shape, self.dtype)
         self.layout = cell.layout or "NCHW"
@@ -78,13 +82,15 @@ def native(problem, backend=None):
 
 def numba_(problem):
     """fastnorm's own Numba backend."""
+    if backends.refusal("numba", problem.x.dtype) is not None:
+        return None
     return native(problem, "numba")
 
 
 def _torch_forward(problem, torch):
     """y = f(x, weight, bias) of torch.nn.functional."""
     f, cell = torch.nn.functional, problem.cell
-    mean, var = torch.from_numpy(problem.mean), torch.from_numpy(problem.var)
+    mean, var = _to_torch(problem.mean, torch), _to_torch(problem.var, torch)
     channels = (cell.shape[1],)
     return {
         "batch": lambda x, w, b: f.batch_norm(x, None, None, w, b, True),
@@ -96,15 +102,26 @@ def _torch_forward(problem, torch):
     }[cell.op]
 
 
+def _to_torch(array, torch):
+    """A tensor on the array's memory; torch.from_numpy knows no bfloat16."""
+    if str(array.dtype) == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def _torch_arrays(problem, torch):
     x, dy = (
-        torch.from_numpy(a if problem.rows else problem.first(a)) for a in (problem.x, problem.dy)
+        _to_torch(a if problem.rows else problem.first(a), torch) for a in (problem.x, problem.dy)
     )
-    return x, dy, torch.from_numpy(problem.weight), torch.from_numpy(problem.bias)
+    return x, dy, _to_torch(problem.weight, torch), _to_torch(problem.bias, torch)
 
 
 def _from_torch(problem, tensor):
-    array = tensor.detach().numpy()
+    tensor = tensor.detach()
+    if str(problem.x.dtype) == "bfloat16":
+        array = tensor.view(sys.modules["torch"].int16).numpy().view(problem.x.dtype)
+    else:
+        array = tensor.numpy()
     return array if problem.rows else np.moveaxis(array, 1, problem.axis)
 
 

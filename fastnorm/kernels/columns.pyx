@@ -250,7 +250,7 @@ cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
         for c in range(c0, c1):
             total[c] = <double> widen(x[c]) + total[c] * inverse
     for c in range(c0, c1):
-        about[c] = <work> total[c] if fabs(total[c]) < 1e37 else <work> 0
+        about[c] = on_grid(<work> total[c]) if fabs(total[c]) < 1e37 else <work> 0
 
 
 cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,

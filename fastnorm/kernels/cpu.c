@@ -23,16 +23,21 @@
      columns_forward_##type##_##level,  columns_backward_##type##_##level,    \
      rows_scratch_##type##_##level,     columns_scratch_##type##_##level}
 
+#define DECLARE_ALL(level) \
+    DECLARE(float32, level) DECLARE(float64, level) DECLARE(float16, level) DECLARE(bfloat16, level)
+
+/* A level's kernels in the order of fastnorm_dtype. */
+#define TABLES(level) \
+    {TABLE(float32, level), TABLE(float64, level), TABLE(float16, level), TABLE(bfloat16, level)}
+
 #if defined(FASTNORM_X86_LEVELS)
-DECLARE(32, v2) DECLARE(64, v2) DECLARE(32, v3) DECLARE(64, v3) DECLARE(32, v4) DECLARE(64, v4)
-static const fn_kernels kernels[][2] = {{TABLE(32, v2), TABLE(64, v2)},
-                                        {TABLE(32, v3), TABLE(64, v3)},
-                                        {TABLE(32, v4), TABLE(64, v4)}};
+DECLARE_ALL(v2) DECLARE_ALL(v3) DECLARE_ALL(v4)
+static const fn_kernels kernels[][4] = {TABLES(v2), TABLES(v3), TABLES(v4)};
 static const char *const names[] = {"v2", "v3", "v4"};
 enum { FIRST_LEVEL = FASTNORM_ISA_V2 };
 #else
-DECLARE(32, baseline) DECLARE(64, baseline)
-static const fn_kernels kernels[][2] = {{TABLE(32, baseline), TABLE(64, baseline)}};
+DECLARE_ALL(baseline)
+static const fn_kernels kernels[][4] = {TABLES(baseline)};
 static const char *const names[] = {"baseline"};
 enum { FIRST_LEVEL = FASTNORM_ISA_BEST };
 #endif
@@ -102,7 +107,7 @@ const fn_kernels *fn_find_kernels(int32_t dtype, int32_t isa)
 {
     int level = isa == FASTNORM_ISA_BEST ? best : isa;
     if (level < FIRST_LEVEL || level > highest) return NULL;
-    return &kernels[level - FIRST_LEVEL][dtype == FASTNORM_FLOAT64];
+    return &kernels[level - FIRST_LEVEL][dtype - FASTNORM_FLOAT32];
 }
 
 const char *fastnorm_isa_name(void) { return names[best - FIRST_LEVEL]; }

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "short.h"
 #include "task.h"
 
 #define TRY(call)                                \
@@ -49,7 +50,19 @@ const char *fastnorm_status_string(fastnorm_status status)
 
 static size_t dtype_size(int32_t dtype)
 {
-    return dtype == FASTNORM_FLOAT32 ? 4 : dtype == FASTNORM_FLOAT64 ? 8 : 0;
+    switch (dtype) {
+    case FASTNORM_FLOAT32: return 4;
+    case FASTNORM_FLOAT64: return 8;
+    case FASTNORM_FLOAT16:
+    case FASTNORM_BFLOAT16: return 2;
+    default: return 0;
+    }
+}
+
+/* The type of the arithmetic, and of the parameters that kernels read. */
+static int32_t work_dtype(int32_t dtype)
+{
+    return dtype == FASTNORM_FLOAT64 ? FASTNORM_FLOAT64 : FASTNORM_FLOAT32;
 }
 
 static fastnorm_status multiply(int64_t *product, int64_t factor)
@@ -139,8 +152,8 @@ static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_ke
     out->var = take(from, groups * sizeof(double));
     out->dweight = take(from, channels * sizeof(double));
     out->dbias = take(from, channels * sizeof(double));
-    out->weight = take(from, channels * dtype_size(dtype));
-    out->bias = take(from, channels * dtype_size(dtype));
+    out->weight = take(from, channels * dtype_size(work_dtype(dtype)));
+    out->bias = take(from, channels * dtype_size(work_dtype(dtype)));
     out->scratch =
         take(from, in_columns(task) ? kernels->columns_scratch(task) : kernels->rows_scratch(task));
 }
@@ -196,23 +209,36 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
 
 static double get(const void *array, int32_t dtype, int64_t at)
 {
-    if (dtype == FASTNORM_FLOAT32) {
+    switch (dtype) {
+    case FASTNORM_FLOAT32: {
         float value;
         memcpy(&value, (const char *)array + at * 4, sizeof value);
         return value;
     }
-    double value;
-    memcpy(&value, (const char *)array + at * 8, sizeof value);
-    return value;
+    case FASTNORM_FLOAT64: {
+        double value;
+        memcpy(&value, (const char *)array + at * 8, sizeof value);
+        return value;
+    }
+    default: {
+        uint16_t bits;
+        memcpy(&bits, (const char *)array + at * 2, sizeof bits);
+        return dtype == FASTNORM_FLOAT16 ? fn_widen_float16(bits) : fn_widen_bfloat16(bits);
+    }
+    }
 }
 
 static void put(void *array, int32_t dtype, int64_t at, double value)
 {
+    const float narrowed = (float)value;
     if (dtype == FASTNORM_FLOAT32) {
-        float narrowed = (float)value;
         memcpy((char *)array + at * 4, &narrowed, sizeof narrowed);
-    } else {
+    } else if (dtype == FASTNORM_FLOAT64) {
         memcpy((char *)array + at * 8, &value, sizeof value);
+    } else {
+        const uint16_t bits = dtype == FASTNORM_FLOAT16 ? fn_narrow_float16(narrowed)
+                                                        : fn_narrow_bfloat16(narrowed);
+        memcpy((char *)array + at * 2, &bits, sizeof bits);
     }
 }
 
@@ -226,10 +252,12 @@ static void put_all(void *array, int32_t dtype, const double *values, int64_t n)
             float narrowed = values ? (float)values[at] : 0.0f;
             memcpy((char *)array + at * 4, &narrowed, sizeof narrowed);
         }
-    } else if (values) {
+    } else if (!values) {
+        memset(array, 0, (size_t)n * dtype_size(dtype));
+    } else if (dtype == FASTNORM_FLOAT64) {
         memcpy(array, values, (size_t)n * sizeof *values);
     } else {
-        memset(array, 0, (size_t)n * sizeof *values);
+        for (int64_t at = 0; at < n; at++) put(array, dtype, at, values[at]);
     }
 }
 
@@ -360,8 +388,9 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     task.given = (args->flags & FASTNORM_GIVEN_STATISTICS) != 0;
     task.x = args->x;
     task.y = args->y;
-    task.weight = parameters(args->weight, params, 1, part.weight, args->dtype, channels);
-    task.bias = parameters(args->bias, params, 0, part.bias, args->dtype, channels);
+    task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
+                             channels);
+    task.bias = parameters(args->bias, params, 0, part.bias, work_dtype(args->dtype), channels);
     task.eps = args->eps;
     task.mean = args->mean;
     task.var = args->var;
@@ -451,7 +480,8 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.x = args->x;
     task.dy = args->dy;
     task.y = args->dx;
-    task.weight = parameters(args->weight, params, 1, part.weight, args->dtype, channels);
+    task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
+                             channels);
     task.mean = (double *)args->mean; /* a backward only reads them */
     task.rstd = (double *)args->rstd;
     task.dweight = part.dweight;

@@ -630,7 +630,7 @@ cdef inline void backward_vec(
     cdef vec d, u
     cdef vec a = load_work(sum_w)
     cdef vec b = load_work(sum_b)
-    cdef vec w = load_work(weight) if n == WIDTH else load_part(<const stored*> weight, n, 0)
+    cdef vec w = load_work(weight) if n == WIDTH else load_work_part(weight, n, 0)
     cdef int r
     for r in range(rows):
         if ahead:

@@ -1,30 +1,36 @@
-/* The few C words that the Cython kernels need: element types and stores.
+/* The few C words that the Cython kernels need: element types, loads and stores.
  *
- * The kernels are compiled once for every element type (-DFN_DTYPE) and every instruction set
- * level (-march), with their public names renamed by FN_NAME. `stored` is the type in memory,
- * `work` the type of the arithmetic. */
+ * The kernels are compiled once for every element type (-DFN_DTYPE=name -DFN_TYPE_name) and every
+ * instruction set level (-march), with their public names renamed by FN_PASTE. `stored` is the type
+ * in memory, `work` the type of the arithmetic; they differ where elements have 16 bits. */
 #ifndef FASTNORM_WORDS_H
 #define FASTNORM_WORDS_H
 
 #include <string.h>
 
+#include "short.h"
 #include "task.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#if FN_DTYPE == 32
-typedef float stored;
-typedef float work;
-/* A sum of squares under TINY * count may have lost squares below the smallest normal. */
-#define FN_TINY 1e-30
-#elif FN_DTYPE == 64
+#if defined(FN_TYPE_float64)
 typedef double stored;
 typedef double work;
 #define FN_TINY 0.0
 #else
-#error "FN_DTYPE must be 32 or 64"
+#if defined(FN_TYPE_float32)
+typedef float stored;
+#elif defined(FN_TYPE_float16) || defined(FN_TYPE_bfloat16)
+typedef uint16_t stored; /* its bits */
+#define FN_SHORT 1
+#else
+#error "no FN_TYPE_... is defined"
+#endif
+typedef float work;
+/* A sum of squares under TINY * count may have lost squares below the smallest normal. */
+#define FN_TINY 1e-30
 #endif
 
 /* Lanes that a sum is spread over: fixed, so that every vector width gives the same bits. */
@@ -42,8 +48,6 @@ typedef double work;
 typedef work vec __attribute__((vector_size(FN_VECTOR)));
 enum { WIDTH = FN_VECTOR / sizeof(work), VECTORS = FN_LANES / WIDTH };
 
-static inline work widen(stored v) { return (work)v; }
-
 /* Further along an array that may not be there. */
 static inline const stored *past(const stored *x, int64_t n) { return x ? x + n : NULL; }
 static inline const work *past_weight(const work *x, int64_t n) { return x ? x + n : NULL; }
@@ -57,48 +61,168 @@ static inline vec load_work(const work *x)
     return v;
 }
 
-static inline vec load(const stored *x) { return load_work(x); }
+#if defined(__AVX512F__)
+/* Lanes below n; any n. */
+static inline uint32_t lanes_below(int64_t n)
+{
+    return n <= 0 ? 0 : n >= WIDTH ? ~0u : (1u << n) - 1;
+}
+#endif
 
 /* x[0..n), then `fill`; any n. Reads no byte behind x + n. */
-static inline vec load_part(const stored *x, int64_t n, work fill)
+static inline vec load_work_part(const work *x, int64_t n, work fill)
 {
 #if defined(__AVX512F__)
-    uint32_t mask = n <= 0 ? 0 : n >= WIDTH ? ~0u : (1u << n) - 1;
-#if FN_DTYPE == 32
-    return (vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)mask, x);
+#if defined(FN_TYPE_float64)
+    return (vec)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (__mmask8)lanes_below(n), x);
 #else
-    return (vec)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (__mmask8)mask, x);
+    return (vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)lanes_below(n), x);
 #endif
 #else
     work t[WIDTH];
-    for (int j = 0; j < WIDTH; j++) t[j] = j < n ? widen(x[j]) : fill;
+    for (int j = 0; j < WIDTH; j++) t[j] = j < n ? x[j] : fill;
     return load_work(t);
 #endif
 }
 
+#if !defined(FN_SHORT)
+
+static inline work widen(stored v) { return v; }
+static inline work on_grid(work value) { return value; }
+static inline vec load(const stored *x) { return load_work(x); }
 static inline void store(stored *y, vec v) { memcpy(y, &v, sizeof v); }
+
+static inline vec load_part(const stored *x, int64_t n, work fill)
+{
+    return load_work_part(x, n, fill);
+}
 
 /* y[0..n) = v, n <= WIDTH. */
 static inline void store_part(stored *y, int64_t n, vec v)
 {
 #if defined(__AVX512F__)
-    uint32_t mask = n >= WIDTH ? ~0u : (1u << n) - 1;
-#if FN_DTYPE == 32
-    _mm512_mask_storeu_ps(y, (__mmask16)mask, (__m512)v);
+#if defined(FN_TYPE_float64)
+    _mm512_mask_storeu_pd(y, (__mmask8)lanes_below(n), (__m512d)v);
 #else
-    _mm512_mask_storeu_pd(y, (__mmask8)mask, (__m512d)v);
+    _mm512_mask_storeu_ps(y, (__mmask16)lanes_below(n), (__m512)v);
 #endif
 #else
-    work t[WIDTH];
-    memcpy(t, &v, sizeof v);
-    for (int64_t j = 0; j < n; j++) y[j] = (stored)t[j];
+    memcpy(y, &v, (size_t)n * sizeof *y);
 #endif
 }
+
+#else /* elements of 16 bits */
+
+typedef uint16_t short_vec __attribute__((vector_size(FN_VECTOR / 2)));
+typedef uint32_t bits_vec __attribute__((vector_size(FN_VECTOR)));
+
+#if defined(FN_TYPE_bfloat16)
+static inline work widen(stored v) { return fn_widen_bfloat16(v); }
+
+static inline vec widen_all(short_vec x)
+{
+    return (vec)(__builtin_convertvector(x, bits_vec) << 16);
+}
+
+/* fn_narrow_bfloat16 of every lane. */
+static inline short_vec narrow_all(vec v)
+{
+    const bits_vec bits = (bits_vec)v;
+    const bits_vec nan = (bits_vec)((bits & 0x7fffffff) > 0x7f800000);
+    const bits_vec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), short_vec);
+}
+#else
+static inline work widen(stored v) { return fn_widen_float16(v); }
+
+static inline vec widen_all(short_vec x)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+    return (vec)_mm256_cvtph_ps((__m128i)x);
+#else
+    vec v;
+    for (int j = 0; j < WIDTH; j++) v[j] = fn_widen_float16(x[j]);
+    return v;
+#endif
+}
+
+static inline short_vec narrow_all(vec v)
+{
+#if defined(__AVX512F__)
+    return (short_vec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (short_vec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    short_vec x;
+    for (int j = 0; j < WIDTH; j++) x[j] = fn_narrow_float16(v[j]);
+    return x;
+#endif
+}
+#endif
+
+static inline vec load(const stored *x)
+{
+    short_vec v;
+    memcpy(&v, x, sizeof v);
+    return widen_all(v);
+}
+
+static inline void store(stored *y, vec v)
+{
+    const short_vec narrow = narrow_all(v);
+    memcpy(y, &narrow, sizeof narrow);
+}
+
+/* A value that differences are taken from, rounded to one that is stored. Else the lowest bits of
+ * all differences would be the same, and every addition would round them the same way: statistics
+ * ten times as far off. */
+static inline work on_grid(work value)
+{
+    stored t[WIDTH];
+    store(t, splat(value));
+    return widen(t[0]);
+}
+
+static inline vec load_part(const stored *x, int64_t n, work fill)
+{
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 mask = (__mmask16)lanes_below(n);
+    const vec v = widen_all((short_vec)_mm256_maskz_loadu_epi16(mask, x));
+    return (vec)_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, (__m512)v);
+#else
+    stored t[WIDTH] = {0};
+    vec v;
+    for (int j = 0; j < WIDTH && j < n; j++) t[j] = x[j];
+    v = load(t);
+    for (int j = 0; j < WIDTH; j++) v[j] = j < n ? v[j] : fill;
+    return v;
+#endif
+}
+
+static inline void store_part(stored *y, int64_t n, vec v)
+{
+    const short_vec narrow = narrow_all(v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_mask_storeu_epi16(y, (__mmask16)lanes_below(n), (__m256i)narrow);
+#else
+    memcpy(y, &narrow, (size_t)n * sizeof *y);
+#endif
+}
+
+#endif
 
 /* store past the caches; y is aligned to 64 bytes. */
 static inline void stream(stored *y, vec v)
 {
-#if defined(__AVX512F__)
+#if defined(FN_SHORT) && defined(__AVX512F__)
+    _mm256_stream_si256((void *)y, (__m256i)narrow_all(v));
+#elif defined(FN_SHORT) && defined(__AVX__)
+    _mm_stream_si128((void *)y, (__m128i)narrow_all(v));
+#elif defined(FN_SHORT)
+    store(y, v);
+#elif defined(__AVX512F__)
     _mm512_stream_si512((void *)y, (__m512i)v);
 #elif defined(__AVX__)
     _mm256_stream_si256((void *)y, (__m256i)v);
@@ -136,7 +260,7 @@ typedef work eight_work __attribute__((vector_size(8 * sizeof(work))));
 /* wide = lanes [8*part, 8*part + 8). */
 static inline void widen_lanes(eight *wide, const vec *lanes, int part)
 {
-#if defined(__AVX512F__) && FN_DTYPE == 32
+#if defined(__AVX512F__) && !defined(FN_TYPE_float64)
     /* gcc converts four at a time otherwise: 1.3 times as long a fold. */
     __m512d whole = (__m512d)lanes[part / 2];
     __m256d half = part % 2 ? _mm512_extractf64x4_pd(whole, 1) : _mm512_castpd512_pd256(whole);

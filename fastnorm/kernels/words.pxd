@@ -19,10 +19,12 @@ cdef extern from "words.h" nogil:
     ctypedef float work
     ctypedef float vec
     work widen(stored v)
+    work on_grid(work value)
     vec splat(work value)
     vec load(const stored* x)
     vec load_work(const work* x)
     vec load_part(const stored* x, int64_t n, work fill)
+    vec load_work_part(const work* x, int64_t n, work fill)
     void store(stored* y, vec v)
     void store_part(stored* y, int64_t n, vec v)
     void stream(stored* y, vec v)
@@ -122,7 +124,7 @@ cdef inline void sum_step(
             if dy != NULL:
                 a = load_part(dy + v * WIDTH, n - v * WIDTH, 0)
                 if weight != NULL:
-                    a = a * load_part(<const stored*> weight + v * WIDTH, n - v * WIDTH, 0)
+                    a = a * load_work_part(weight + v * WIDTH, n - v * WIDTH, 0)
         s[v] = s[v] + a
         q[v] = q[v] + a * d
 
@@ -302,14 +304,14 @@ cdef inline void map_places(
                 d = load_part(dy + p, part, 0)
             d = mapped(
                 load_part(x + p, part, hi[0]), d,
-                load_part(<const stored*> hi + p, part, 0) if each else one_hi,
-                load_part(<const stored*> scale + p, part, 0) if each else one_scale,
-                load_part(<const stored*> shift + p, part, 0) if each else one_shift,
-                load_part(<const stored*> dscale + p, part, 0) if each and dy != NULL
+                load_work_part(hi + p, part, 0) if each else one_hi,
+                load_work_part(scale + p, part, 0) if each else one_scale,
+                load_work_part(shift + p, part, 0) if each else one_shift,
+                load_work_part(dscale + p, part, 0) if each and dy != NULL
                 else one_dscale, dy != NULL)
             if weight != NULL:
-                d = (d * load_part(<const stored*> weight + p, part, 0)
-                     + load_part(<const stored*> bias + p, part, 0))
+                d = (d * load_work_part(weight + p, part, 0)
+                     + load_work_part(bias + p, part, 0))
             store_part(y + p, part, d)
             p += part
             part = 0
@@ -424,4 +426,4 @@ cdef inline work spread_sample(
     for j in range(2, SAMPLES, 2):
         even += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
     first += (odd + even) * (1.0 / SAMPLES)
-    return <work> first if isfinite(first) and fabs(first) < 1e37 else <work> 0
+    return on_grid(<work> first) if isfinite(first) and fabs(first) < 1e37 else <work> 0
