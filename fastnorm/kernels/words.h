@@ -121,16 +121,34 @@ static inline work widen(stored v) { return fn_widen_bfloat16(v); }
 
 static inline vec widen_all(short_vec x)
 {
+#if defined(__AVX512F__) /* gcc goes by halves otherwise */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+#else
     return (vec)(__builtin_convertvector(x, bits_vec) << 16);
+#endif
 }
 
 /* fn_narrow_bfloat16 of every lane. */
 static inline short_vec narrow_all(vec v)
 {
     const bits_vec bits = (bits_vec)v;
-    const bits_vec nan = (bits_vec)((bits & 0x7fffffff) > 0x7f800000);
     const bits_vec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), short_vec);
+#if defined(__AVX512F__)
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i quiet = (__m512i)(bits >> 16 | 0x40);
+    return (short_vec)_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32((__m512i)rounded, nan, quiet));
+#else
+    const bits_vec nan = (bits_vec)((bits & 0x7fffffff) > 0x7f800000);
+    const bits_vec chosen = (nan & (bits >> 16 | 0x40)) | (~nan & rounded);
+#if defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)chosen, (__m256i)chosen);
+    return (short_vec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8));
+#else
+    return __builtin_convertvector(chosen, short_vec);
+#endif
+#endif
 }
 #else
 static inline work widen(stored v) { return fn_widen_float16(v); }
