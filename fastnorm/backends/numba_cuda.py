@@ -31,7 +31,8 @@ def _reason():
     if find_spec("numba_cuda") is None:
         return f"needs numba-cuda: {INSTALL}"
     if not cuda.is_available():
-        return f"finds no GPU that it can use ({cuda.cudadrv.error or 'no device'}): {INSTALL}"
+        why = " ".join(str(cuda.cuda_error() or "no device").split())
+        return f"finds no GPU that it can use ({why}): {INSTALL}"
     return None
 
 

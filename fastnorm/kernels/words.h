@@ -61,6 +61,25 @@ static inline vec load_work(const work *x)
     return v;
 }
 
+/* a + b, on the units that multiply: a*1 + b is rounded once, to the same bits. Sums are bound by
+ * additions, and there are processors whose adders would leave the multipliers idle. */
+static inline vec plus(vec a, vec b)
+{
+    const vec one = splat(1);
+#if defined(__AVX512F__) && defined(FN_TYPE_float64)
+    return (vec)_mm512_fmadd_pd((__m512d)a, (__m512d)one, (__m512d)b);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)one, (__m512)b);
+#elif defined(__FMA__) && defined(FN_TYPE_float64)
+    return (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)one, (__m256d)b);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)one, (__m256)b);
+#else
+    (void)one;
+    return a + b;
+#endif
+}
+
 #if defined(__AVX512F__)
 /* Lanes below n; any n. */
 static inline uint32_t lanes_below(int64_t n)

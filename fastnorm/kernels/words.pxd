@@ -21,6 +21,7 @@ cdef extern from "words.h" nogil:
     work widen(stored v)
     work on_grid(work value)
     vec splat(work value)
+    vec plus(vec a, vec b)
     vec load(const stored* x)
     vec load_work(const work* x)
     vec load_part(const stored* x, int64_t n, work fill)
@@ -126,7 +127,7 @@ cdef inline void sum_step(
                 if weight != NULL:
                     a = a * load_work_part(weight + v * WIDTH, n - v * WIDTH, 0)
         s[v] = s[v] + a
-        q[v] = q[v] + a * d
+        q[v] = plus(a * d, q[v])
 
 
 cdef inline void sum_runs(
@@ -368,7 +369,7 @@ cdef inline void sum_columns(
             if dy != NULL:
                 e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
             a[v] = a[v] + e
-            c[v] = c[v] + e * d
+            c[v] = plus(e * d, c[v])
         x += stride
         dy = past(dy, stride)
     for v in range(vectors):
