@@ -254,7 +254,7 @@ cdef inline void map_places(
     cdef vec one_dscale = splat(0 if dy == NULL else dscale[0])
     cdef vec d = one_hi
     cdef batch now, later
-    cdef int64_t p = 0, part = head(y, n, &streaming)
+    cdef int64_t p = 0, part = head(y, n, &streaming), step
     cdef int v
     while p < n:
         if part == 0:
@@ -300,22 +300,23 @@ cdef inline void map_places(
                 p += WIDTH
             part = n - p
         else:
-            part = minimum(part, WIDTH)
+            # Up to the first line of y, which may be several vectors away; or behind the last vector.
+            step = minimum(part, WIDTH)
             if dy != NULL:
-                d = load_part(dy + p, part, 0)
+                d = load_part(dy + p, step, 0)
             d = mapped(
-                load_part(x + p, part, hi[0]), d,
-                load_work_part(hi + p, part, 0) if each else one_hi,
-                load_work_part(scale + p, part, 0) if each else one_scale,
-                load_work_part(shift + p, part, 0) if each else one_shift,
-                load_work_part(dscale + p, part, 0) if each and dy != NULL
-                else one_dscale, dy != NULL)
+                load_part(x + p, step, hi[0]), d,
+                load_work_part(hi + p, step, 0) if each else one_hi,
+                load_work_part(scale + p, step, 0) if each else one_scale,
+                load_work_part(shift + p, step, 0) if each else one_shift,
+                load_work_part(dscale + p, step, 0) if each and dy != NULL else one_dscale,
+                dy != NULL)
             if weight != NULL:
-                d = (d * load_work_part(weight + p, part, 0)
-                     + load_work_part(bias + p, part, 0))
-            store_part(y + p, part, d)
-            p += part
-            part = 0
+                d = (d * load_work_part(weight + p, step, 0)
+                     + load_work_part(bias + p, step, 0))
+            store_part(y + p, step, d)
+            p += step
+            part -= step
 
 
 cdef inline void map_run(
