@@ -300,7 +300,7 @@ cdef inline void map_places(
                 p += WIDTH
             part = n - p
         else:
-            # Up to the first line of y, which may be several vectors away; or behind the last vector.
+            # Up to the first line of y, which may be several vectors away, or the last places.
             step = minimum(part, WIDTH)
             if dy != NULL:
                 d = load_part(dy + p, step, 0)
