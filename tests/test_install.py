@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +242,17 @@ def test_every_contender_is_right_in_every_cell(dtype):
                 problem.out.fill(np.nan)
                 error = np.max(np.abs(call() - wanted))
                 assert error < 1e-4 * np.max(np.abs(wanted)), (str(cell), name)
+
+
+def test_a_source_distribution_has_every_source(tmp_path):
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    pytest.importorskip("setuptools")
+    pytest.importorskip("Cython")
+    tracked = run(git, "ls-files", "fastnorm", "include", "tests", "examples", cwd=ROOT).stdout
+    done = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.iterdir())) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(tracked.split()) <= held
