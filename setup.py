@@ -106,7 +106,7 @@ class BuildWithLibrary(build_ext):
         for module in cythonize(
             [
                 Extension(f"fastnorm.kernels.{name}", [str(KERNELS / f"{name}.pyx")])
-                for name in ("rows", "columns")
+                for name in ("rows", "columns", "fused")
             ],
             build_dir=str(temporary),
             compiler_directives=NO_PYTHON,

@@ -4,6 +4,7 @@ from fastnorm.config import explain, get_num_threads, set_num_threads
 from fastnorm.cross_channel import local_response_norm, normalize
 from fastnorm.functional import (
     Gradients,
+    GradientsWithResidual,
     Statistics,
     batch_norm,
     batch_norm_backward,
@@ -17,23 +18,20 @@ from fastnorm.functional import (
     rms_norm_backward,
 )
 from fastnorm.install import get_include, get_library
-from fastnorm.layers import (
+from fastnorm.layers import GroupNorm, LayerNorm, LocalResponseNorm, RMSNorm
+from fastnorm.layers_running import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
-    LayerNorm,
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
     LazyInstanceNorm1d,
     LazyInstanceNorm2d,
     LazyInstanceNorm3d,
-    LocalResponseNorm,
-    RMSNorm,
 )
 
 __all__ = [
@@ -41,6 +39,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Gradients",
+    "GradientsWithResidual",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",

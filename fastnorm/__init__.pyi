@@ -4,22 +4,22 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastnorm.layers import BatchNorm1d as BatchNorm1d
-from fastnorm.layers import BatchNorm2d as BatchNorm2d
-from fastnorm.layers import BatchNorm3d as BatchNorm3d
 from fastnorm.layers import GroupNorm as GroupNorm
-from fastnorm.layers import InstanceNorm1d as InstanceNorm1d
-from fastnorm.layers import InstanceNorm2d as InstanceNorm2d
-from fastnorm.layers import InstanceNorm3d as InstanceNorm3d
 from fastnorm.layers import LayerNorm as LayerNorm
-from fastnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
-from fastnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
-from fastnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
-from fastnorm.layers import LazyInstanceNorm1d as LazyInstanceNorm1d
-from fastnorm.layers import LazyInstanceNorm2d as LazyInstanceNorm2d
-from fastnorm.layers import LazyInstanceNorm3d as LazyInstanceNorm3d
 from fastnorm.layers import LocalResponseNorm as LocalResponseNorm
 from fastnorm.layers import RMSNorm as RMSNorm
+from fastnorm.layers_running import BatchNorm1d as BatchNorm1d
+from fastnorm.layers_running import BatchNorm2d as BatchNorm2d
+from fastnorm.layers_running import BatchNorm3d as BatchNorm3d
+from fastnorm.layers_running import InstanceNorm1d as InstanceNorm1d
+from fastnorm.layers_running import InstanceNorm2d as InstanceNorm2d
+from fastnorm.layers_running import InstanceNorm3d as InstanceNorm3d
+from fastnorm.layers_running import LazyBatchNorm1d as LazyBatchNorm1d
+from fastnorm.layers_running import LazyBatchNorm2d as LazyBatchNorm2d
+from fastnorm.layers_running import LazyBatchNorm3d as LazyBatchNorm3d
+from fastnorm.layers_running import LazyInstanceNorm1d as LazyInstanceNorm1d
+from fastnorm.layers_running import LazyInstanceNorm2d as LazyInstanceNorm2d
+from fastnorm.layers_running import LazyInstanceNorm3d as LazyInstanceNorm3d
 
 __version__: str
 
@@ -27,6 +27,8 @@ __version__: str
 Array = Any
 Layout = Literal["NCHW", "NHWC", "channels_first", "channels_last"]
 Backend = Literal["native", "numba", "reference", "cuda"]
+Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
+Approximate = Literal["none", "tanh"]
 
 class Statistics:
     mean: NDArray[np.float64]
@@ -46,6 +48,12 @@ class Gradients(NamedTuple):
     dweight: Array
     dbias: Array | None
 
+class GradientsWithResidual(NamedTuple):
+    dx: Array
+    dweight: Array
+    dbias: Array
+    dresidual: Array
+
 @overload
 def batch_norm(
     x: Array,
@@ -63,6 +71,10 @@ def batch_norm(
     backend: Backend | None = ...,
     num_threads: int | None = ...,
     convention: Literal["torch", "keras"] = ...,
+    residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Array: ...
 @overload
 def batch_norm(
@@ -81,6 +93,10 @@ def batch_norm(
     backend: Backend | None = ...,
     num_threads: int | None = ...,
     convention: Literal["torch", "keras"] = ...,
+    residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def instance_norm(
@@ -98,6 +114,10 @@ def instance_norm(
     return_stats: Literal[False] = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Array: ...
 @overload
 def instance_norm(
@@ -115,6 +135,10 @@ def instance_norm(
     return_stats: Literal[True],
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def group_norm(
@@ -129,6 +153,10 @@ def group_norm(
     return_stats: Literal[False] = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Array: ...
 @overload
 def group_norm(
@@ -143,6 +171,10 @@ def group_norm(
     return_stats: Literal[True],
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def layer_norm(
@@ -156,7 +188,29 @@ def layer_norm(
     return_stats: Literal[False] = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Array: ...
+@overload
+def layer_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    eps: float = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    residual: Array,
+    out_sum: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> tuple[Array, Array]: ...
 @overload
 def layer_norm(
     x: Array,
@@ -169,7 +223,29 @@ def layer_norm(
     return_stats: Literal[True],
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> tuple[Array, Statistics]: ...
+@overload
+def layer_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    bias: Array | None = ...,
+    eps: float = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    residual: Array,
+    out_sum: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> tuple[Array, Array, Statistics]: ...
 @overload
 def rms_norm(
     x: Array,
@@ -181,7 +257,28 @@ def rms_norm(
     return_stats: Literal[False] = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Array: ...
+@overload
+def rms_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    eps: float | None = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    residual: Array,
+    out_sum: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> tuple[Array, Array]: ...
 @overload
 def rms_norm(
     x: Array,
@@ -193,7 +290,29 @@ def rms_norm(
     return_stats: Literal[True],
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> tuple[Array, Statistics]: ...
+@overload
+def rms_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = ...,
+    eps: float | None = ...,
+    *,
+    out: Array | None = ...,
+    return_stats: Literal[True],
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    residual: Array,
+    out_sum: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> tuple[Array, Array, Statistics]: ...
+@overload
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -204,7 +323,31 @@ def batch_norm_backward(
     out: Array | None = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    bias: Array | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Gradients: ...
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    weight: Array | None = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    bias: Array | None = ...,
+    residual: Array,
+    out_residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> GradientsWithResidual: ...
+@overload
 def instance_norm_backward(
     dy: Array,
     x: Array,
@@ -215,7 +358,31 @@ def instance_norm_backward(
     out: Array | None = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    bias: Array | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Gradients: ...
+@overload
+def instance_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    weight: Array | None = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    bias: Array | None = ...,
+    residual: Array,
+    out_residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> GradientsWithResidual: ...
+@overload
 def group_norm_backward(
     dy: Array,
     x: Array,
@@ -227,7 +394,31 @@ def group_norm_backward(
     out: Array | None = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    bias: Array | None = ...,
+    residual: None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Gradients: ...
+@overload
+def group_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    num_groups: int,
+    weight: Array | None = ...,
+    *,
+    layout: Layout = ...,
+    out: Array | None = ...,
+    backend: Backend | None = ...,
+    num_threads: int | None = ...,
+    bias: Array | None = ...,
+    residual: Array,
+    out_residual: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
+) -> GradientsWithResidual: ...
 def layer_norm_backward(
     dy: Array,
     x: Array,
@@ -238,6 +429,11 @@ def layer_norm_backward(
     out: Array | None = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    dsum: Array | None = ...,
+    bias: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Gradients: ...
 def rms_norm_backward(
     dy: Array,
@@ -249,6 +445,10 @@ def rms_norm_backward(
     out: Array | None = ...,
     backend: Backend | None = ...,
     num_threads: int | None = ...,
+    dsum: Array | None = ...,
+    activation: Activation | None = ...,
+    negative_slope: float = ...,
+    approximate: Approximate = ...,
 ) -> Gradients: ...
 def local_response_norm(
     x: Array,

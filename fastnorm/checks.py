@@ -10,9 +10,12 @@ import math
 import numpy as np
 
 from fastnorm import backends, device, geometry
+from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, NOTHING, RELU, SILU, Fused
 from fastnorm.device import DeviceArray
 from fastnorm.dtypes import DEVICE_NAMES, DEVICE_TABLE, TABLE
 from fastnorm.dtypes import NAMES as DTYPE_NAMES
+
+ACTIVATIONS = {None: 0, "relu": RELU, "leaky_relu": LEAKY_RELU, "silu": SILU, "gelu": GELU}
 
 # Most calls have nothing to look at closely, which compiled code sees sooner.
 _fits = getattr(backends.load("native"), "fits", lambda *_: False)
@@ -148,21 +151,53 @@ def check_writable(name, what, array, *others):
             )
 
 
-def check_out(name, out, x, same, others=()):
+def check_fused(
+    name, x, activation, negative_slope, approximate, residual=None, bias=None, dsum=None
+):
+    """The Fused of a call; its arrays as they came."""
+    if activation is None and residual is None and dsum is None:
+        return NOTHING
+    try:
+        kind = ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        known = ", ".join(repr(known) for known in ACTIVATIONS if known)
+        told = f"{name}: activation is {activation!r}, expected {known} or None"
+        raise ValueError(told) from None
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{name}: approximate is {approximate!r}, expected 'none' or 'tanh'")
+    if kind == GELU and approximate == "tanh":
+        kind = GELU_TANH
+    slope = check_number(name, "negative_slope", negative_slope) if kind == LEAKY_RELU else 0.0
+    if isinstance(x, DeviceArray):
+        raise ValueError(
+            f"{name}: x is on a GPU, where neither an activation nor a residual is fused yet;"
+            f" apply it with {x.kind.name}"
+        )
+    for what, array in (("residual", residual), ("dsum", dsum)):
+        if array is not None:
+            check_input(name, array, what, like=x)
+    return Fused(kind, slope, residual, bias=bias, dsum=dsum)
+
+
+def check_out(name, out, x, same, others=(), what="out"):
     """`out` has x's shape and dtype, is writable, and overlaps nothing but what it is."""
     given, out = out, seen(out, x)
     if out is None:
         raise TypeError(
-            f"{name}: out is a {type(given).__name__}, expected a {_sort(x)[2]} or None"
+            f"{name}: {what} is a {type(given).__name__}, expected a {_sort(x)[2]} or None"
         )
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
-            f"{name}: out has shape {out.shape} and dtype {out.dtype}, expected those of x,"
+            f"{name}: {what} has shape {out.shape} and dtype {out.dtype}, expected those of x,"
             f" {x.shape} and {x.dtype}"
         )
     if not out.flags.c_contiguous and out.size > 1 and 0 in out.strides:
-        raise ValueError(f"{name}: out has strides {out.strides}: several elements share memory")
-    check_writable(name, "out", out, *others)
+        raise ValueError(
+            f"{name}: {what} has strides {out.strides}: several elements share memory"
+        )
+    check_writable(name, what, out, *others)
     for other_name, other in same:
-        if not apart(out, other) and not same_memory(out, other):
-            raise ValueError(f"{name}: out shares memory with {other_name}, expected all or none")
+        if other is not None and not apart(out, other) and not same_memory(out, other):
+            raise ValueError(
+                f"{name}: {what} shares memory with {other_name}, expected all or none"
+            )

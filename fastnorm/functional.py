@@ -15,16 +15,26 @@ last axis. In all of them:
     backend       None (the first that can), "native", "numba" or "reference"; "cuda" for arrays
                   on a GPU
     num_threads   None (as set_num_threads says), 0 (all processors) or a number
+    activation    applied last: None, "relu", "leaky_relu" (with negative_slope), "silu", or "gelu"
+                  (approximate="none" or "tanh"), named as in torch.nn.functional
+    residual      an array like x that is added before the activation (by layer_norm and rms_norm:
+                  to x, before they normalize). It and the activation cost no pass of their own.
+                  Not on a GPU yet.
+
+A backward is given the forward's bias, residual and activation, and finds the activation's input
+again from x: nothing else has to be kept. The gradient in front of the activation is rounded to x's
+dtype; where there is no residual whose gradient it is, out holds it for a while, and must not be x.
     Raises        TypeError for a wrong type or dtype, ValueError for a wrong shape or value
 """
 
 import numpy as np
 
 from fastnorm import backends, config, geometry, on_device
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
 from fastnorm.checks import (
     channels_first,
     check_channels,
+    check_fused,
     check_input,
     check_number,
     check_out,
@@ -34,7 +44,7 @@ from fastnorm.checks import (
 )
 from fastnorm.device import DeviceArray
 from fastnorm.dtypes import TABLE
-from fastnorm.results import Gradients, Statistics
+from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
 CONVENTIONS = ("torch", "keras")
 
@@ -60,12 +70,14 @@ def _in_one_type(*parameters):
 
 def _forward(
     name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats, flags,
-    backend, num_threads, running=(None, None), momentum=0.0,
+    backend, num_threads, running=(None, None), momentum=0.0, fused=NOTHING, with_sum=False,
+    out_sum=None,
 ):
     """Check what is common, compute y, and pack the result.
 
     channel_order is (layout is channels first) for arrays with a channel axis, else None;
-    shape_of(shape, first) gives the geometry of a C-contiguous array.
+    shape_of(shape, first) gives the geometry of a C-contiguous array. with_sum: the residual is
+    added first, and the sum handed out.
     """
     eps = check_number(name, "eps", eps)
     num_threads = config.check_threads(name, num_threads)
@@ -76,16 +88,26 @@ def _forward(
         )
     engine = config.choose(name, backend, x.dtype)
     parameters = (weight, bias, *running)
-    if _plain(x, out, parameters):
+    total = None
+    if fused is NOTHING and _plain(x, out, parameters):
         view, first, is_out = x, channel_order, out is not None
         y = out if is_out else np.empty(x.shape, x.dtype)
     else:
+        names = ("weight", "bias", "running_mean", "running_var")
+        others = tuple(zip(names, parameters, strict=True))
+        same = (("x", x), ("residual", fused.residual))
         if out is not None:
-            others = zip(("weight", "bias", "running_mean", "running_var"), parameters, strict=True)
-            check_out(name, out, x, (("x", x),), others)
+            check_out(name, out, x, same, others)
+        if out_sum is not None:
+            check_out(name, out_sum, x, same, (*others, ("out", out)), "out_sum")
         view, first = geometry.as_it_lies(x, channel_order)
         y, is_out = _place(view, first, out, channel_order)
         parameters = _in_one_type(*parameters)
+        if fused.residual is not None:
+            fused = fused._replace(residual=_laid(fused.residual, channel_order, first))
+            if with_sum:
+                total, is_out_sum = _place(view, first, out_sum, channel_order)
+                fused = fused._replace(sum=total)
     sizes = shape_of(view.shape, first)
     mean = var = rstd = None
     moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
@@ -93,18 +115,26 @@ def _forward(
         mean, var, rstd = np.empty((3, sizes.b * sizes.g))
     engine.forward(
         sizes, view, y, parameters[0], parameters[1], eps, mean, var, rstd, parameters[2],
-        parameters[3], momentum, flags, num_threads,
+        parameters[3], momentum, flags, num_threads, fused,
     )
     if moves:
         for asked, moved in zip(running, parameters[2:], strict=True):
             if asked is not moved:
                 asked[...] = moved
-    result = _hand_out(y, first, out, is_out, channel_order)
-    if not return_stats:
-        return result
-    given = bool(flags & GIVEN_STATISTICS)
-    shaped = (a.reshape(stats_shape) for a in (mean, var, rstd))
-    return result, Statistics(*shaped, given)
+    results = (_hand_out(y, first, out, is_out, channel_order),)
+    if total is not None:
+        results += (_hand_out(total, first, out_sum, is_out_sum, channel_order),)
+    if return_stats:
+        given = bool(flags & GIVEN_STATISTICS)
+        results += (Statistics(*(a.reshape(stats_shape) for a in (mean, var, rstd)), given),)
+    return results if len(results) > 1 else results[0]
+
+
+def _laid(array, channel_order, first):
+    """An array like x as its view lies; a copy where it lies otherwise."""
+    if channel_order is not None:
+        array = geometry.as_asked(array, channel_order, first)
+    return np.ascontiguousarray(array)
 
 
 def _place(view, first, out, channel_order):
@@ -130,7 +160,7 @@ def _hand_out(y, first, out, is_out, channel_order):
 
 def _backward(
     name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
-    backend, num_threads, with_bias=True,
+    backend, num_threads, with_bias=True, fused=NOTHING, out_residual=None,
 ):
     dy = check_input(name, dy, "dy", like=x)
     num_threads = config.check_threads(name, num_threads)
@@ -141,9 +171,9 @@ def _backward(
         )
     engine = config.choose(name, backend, x.dtype)
     mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
-    plain = _plain(x, out, (weight,), dy)
-    if out is not None and not plain:
-        check_out(name, out, x, (("dy", dy), ("x", x)), (("weight", weight),))
+    plain = fused is NOTHING and out_residual is None and _plain(x, out, (weight,), dy)
+    if not plain:
+        _check_gradients_out(name, dy, x, weight, out, out_residual, fused)
     if getattr(stats, "given", False):
         flags |= GIVEN_STATISTICS
     if plain:
@@ -151,17 +181,64 @@ def _backward(
         dx = out if is_out else np.empty(x.shape, x.dtype)
     else:
         view, first = geometry.as_it_lies(x, channel_order)
-        grad = dy if channel_order is None else geometry.as_asked(dy, channel_order, first)
-        grad = np.ascontiguousarray(grad)
+        grad = _laid(dy, channel_order, first)
         dx, is_out = _place(view, first, out, channel_order)
-        (weight,) = _in_one_type(weight)
+        weight, bias = _in_one_type(weight, fused.bias)
+        fused, hand_out_residual = _fused_gradients(
+            fused._replace(bias=bias), dy, view, first, out_residual, channel_order
+        )
     sizes = shape_of(view.shape, first)
     dweight = np.empty(param_shape, x.dtype if weight is None else weight.dtype)
     dbias = np.empty_like(dweight) if with_bias else None
     engine.backward(
-        sizes, grad, view, weight, mean, rstd, dx, dweight, dbias, flags, num_threads
+        sizes, grad, view, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused
     )
-    return Gradients(_hand_out(dx, first, out, is_out, channel_order), dweight, dbias)
+    dx = _hand_out(dx, first, out, is_out, channel_order)
+    if fused.residual is None:
+        return Gradients(dx, dweight, dbias)
+    return GradientsWithResidual(dx, dweight, dbias, hand_out_residual())
+
+
+def _check_gradients_out(name, dy, x, weight, out, out_residual, fused):
+    others = (("weight", weight), ("bias", fused.bias))
+    same = (("dy", dy), ("residual", fused.residual))
+    if out_residual is not None:
+        if fused.residual is None:
+            raise ValueError(f"{name}: out_residual without residual, expected both or none")
+        check_out(
+            name, out_residual, x, same, (*others, ("x", x), ("out", out)), "out_residual"
+        )
+    if out is None:
+        return
+    # Who is read after out is first written must be apart from it.
+    if fused.activation and fused.residual is None:
+        others += (("x", x), ("dsum", fused.dsum))
+    elif fused.residual is not None and not fused.activation and out_residual is None:
+        others += (("dy, which is the residual's gradient", dy),)
+        same = same[1:]
+    check_out(name, out, x, (*same, ("x", x), ("dsum", fused.dsum)), others)
+
+
+def _fused_gradients(fused, dy, view, first, out_residual, channel_order):
+    """Fused as a backend takes it, and what hands the residual's gradient out afterwards."""
+    laid = {
+        what: _laid(getattr(fused, what), channel_order, first)
+        for what in ("residual", "dsum")
+        if getattr(fused, what) is not None
+    }
+    fused = fused._replace(**laid)
+    if fused.residual is None:
+        return fused, None
+    if fused.activation:
+        dresidual, is_out = _place(view, first, out_residual, channel_order)
+        return fused._replace(dresidual=dresidual), lambda: _hand_out(
+            dresidual, first, out_residual, is_out, channel_order
+        )
+    # Without an activation it is dy.
+    if out_residual is not None:
+        out_residual[...] = dy
+        return fused, lambda: out_residual
+    return fused, lambda: dy
 
 
 def _statistic(name, stats, what, shape):
@@ -186,12 +263,12 @@ def _statistic(name, stats, what, shape):
 def batch_norm(
     x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None, num_threads=None,
-    convention="torch",
+    convention="torch", residual=None, activation=None, negative_slope=0.01, approximate="none",
 ):
     """Normalize each channel over the batch and the spatial axes.
 
     Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     mean and var (the population variance) are those of the channel's N*S values in training,
     else running_mean and running_var. In training the running statistics, each optional, are
@@ -248,6 +325,7 @@ def batch_norm(
     return _forward(
         name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats, flags,
         backend, num_threads, (running_mean, running_var), momentum,
+        check_fused(name, x, activation, negative_slope, approximate, residual),
     )
 
 
@@ -274,33 +352,39 @@ def _check_training(name, x, sets, eps, weight, bias, running_mean, running_var)
 
 
 def batch_norm_backward(
-    dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None
+    dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None,
+    bias=None, residual=None, out_residual=None, activation=None, negative_slope=0.01,
+    approximate="none",
 ):
     """Gradients of batch_norm.
 
-    Formula, with xhat = (x - mean)*rstd, gy = dy*weight and means over a channel's values:
+    Formula, with xhat = (x - mean)*rstd, dz = dy*activation'(xhat*weight + bias + residual),
+    gy = dz*weight and means over a channel's values:
         dx = rstd * (gy - mean(gy) - xhat*mean(gy*xhat))
-        dweight = sum(dy*xhat), dbias = sum(dy)
+        dweight = sum(dz*xhat), dbias = sum(dz), dresidual = dz
 
     Where stats are running statistics, they are constants and dx = rstd*gy.
 
     Args:
         dy, x: (N, C, *spatial), of one dtype; x is the forward's input.
         stats: Statistics of shape (C,) from batch_norm(..., return_stats=True).
-        weight: as in the forward.
+        weight, bias, residual, activation, negative_slope, approximate: as in the forward.
         out: receives dx; may be dy or x.
+        out_residual: receives dresidual; may be dy or residual.
 
     Returns:
         Gradients(dx, dweight, dbias), the last two of shape (C,), whether or not there is a
-        weight or a bias.
+        weight or a bias. With a residual GradientsWithResidual(dx, dweight, dbias, dresidual);
+        without an activation dresidual is dy.
     """
     name = "batch_norm_backward"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(name, x, layout, first, weight=weight)
+    channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
     return _backward(
         name, dy, x, stats, weight, out, first, geometry.batch, (channels,), (channels,), 0,
-        backend, num_threads,
+        backend, num_threads, True, fused, out_residual,
     )
 
 
@@ -322,12 +406,13 @@ def _groups(name, x, num_groups, first):
 
 def group_norm(
     x, num_groups, weight=None, bias=None, eps=1e-5, *, layout="NCHW", out=None,
-    return_stats=False, backend=None, num_threads=None,
+    return_stats=False, backend=None, num_threads=None, residual=None, activation=None,
+    negative_slope=0.01, approximate="none",
 ):
     """Normalize each sample's groups of neighbouring channels over channels and space.
 
     Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     Args:
         x: (N, C, *spatial), a float type (see fastnorm.dtypes).
@@ -348,12 +433,14 @@ def group_norm(
     return _forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], groups), return_stats, 0,
         backend, num_threads,
+        fused=check_fused(name, x, activation, negative_slope, approximate, residual),
     )
 
 
 def group_norm_backward(
     dy, x, stats, num_groups, weight=None, *, layout="NCHW", out=None, backend=None,
-    num_threads=None,
+    num_threads=None, bias=None, residual=None, out_residual=None, activation=None,
+    negative_slope=0.01, approximate="none",
 ):
     """Gradients of group_norm; the formula of batch_norm_backward with means over a group.
 
@@ -362,28 +449,30 @@ def group_norm_backward(
         stats: Statistics of shape (N, G) from the forward.
 
     Returns:
-        Gradients(dx, dweight, dbias), the last two of shape (C,).
+        Gradients(dx, dweight, dbias), the last two of shape (C,), with a residual
+        GradientsWithResidual.
     """
     name = "group_norm_backward"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(name, x, layout, first, weight=weight)
+    channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
     groups, shape_of = _groups(name, x, num_groups, first)
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
     return _backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], groups), (channels,), 0,
-        backend, num_threads,
+        backend, num_threads, True, fused, out_residual,
     )
 
 
 def instance_norm(
     x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
     momentum=0.1, eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None,
-    num_threads=None,
+    num_threads=None, residual=None, activation=None, negative_slope=0.01, approximate="none",
 ):
     """Normalize each channel of each sample over its spatial axes.
 
     Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     With use_input_stats the running statistics, each optional, move by the mean over the batch
     of the samples' means and unbiased variances. Without, they normalize, as in batch_norm.
@@ -409,6 +498,7 @@ def instance_norm(
         bias=bias,
     )
     momentum = check_number(name, "momentum", momentum)
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -417,18 +507,20 @@ def instance_norm(
             )
         return _forward(
             name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats,
-            GIVEN_STATISTICS, backend, num_threads, (running_mean, running_var),
+            GIVEN_STATISTICS, backend, num_threads, (running_mean, running_var), fused=fused,
         )
     _check_training(name, x, x.shape[0] * channels, eps, weight, bias, running_mean, running_var)
     _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
     return _forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], channels), return_stats, 0,
-        backend, num_threads, (running_mean, running_var), momentum,
+        backend, num_threads, (running_mean, running_var), momentum, fused,
     )
 
 
 def instance_norm_backward(
-    dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None
+    dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None,
+    bias=None, residual=None, out_residual=None, activation=None, negative_slope=0.01,
+    approximate="none",
 ):
     """Gradients of instance_norm; the formula of batch_norm_backward with means over space.
 
@@ -438,20 +530,24 @@ def instance_norm_backward(
             ones.
 
     Returns:
-        Gradients(dx, dweight, dbias), the last two of shape (C,).
+        Gradients(dx, dweight, dbias), the last two of shape (C,), with a residual
+        GradientsWithResidual.
     """
     name = "instance_norm_backward"
     if getattr(stats, "given", False):
         return batch_norm_backward(
-            dy, x, stats, weight, layout=layout, out=out, backend=backend, num_threads=num_threads
+            dy, x, stats, weight, layout=layout, out=out, backend=backend, num_threads=num_threads,
+            bias=bias, residual=residual, out_residual=out_residual, activation=activation,
+            negative_slope=negative_slope, approximate=approximate,
         )
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(name, x, layout, first, weight=weight)
+    channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
     _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
     return _backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], channels), (channels,), 0,
-        backend, num_threads,
+        backend, num_threads, True, fused, out_residual,
     )
 
 
@@ -478,20 +574,23 @@ def _normalized_shape(name, x, normalized_shape):
 
 def layer_norm(
     x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
-    backend=None, num_threads=None,
+    backend=None, num_threads=None, residual=None, out_sum=None, activation=None,
+    negative_slope=0.01, approximate="none",
 ):
     """Normalize over the trailing axes.
 
-    Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+    Formula, with sum = x + residual (rounded to x's dtype):
+        y = activation((sum - mean) / sqrt(var + eps) * weight + bias)
 
     Args:
         x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
         normalized_shape: an int or a sequence of ints.
         weight, bias: of shape normalized_shape, or None for 1 and 0.
+        out_sum: receives the sum; may be x or residual.
 
     Returns:
-        y like x, or (y, Statistics of the leading shape).
+        y like x; with a residual (y, sum). With return_stats also the Statistics of the leading
+        shape, last.
 
     Source:
         Ba, Kiros and Hinton, "Layer Normalization", 2016.
@@ -500,50 +599,66 @@ def layer_norm(
     x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
     check_trailing(name, x, shape, weight=weight, bias=bias)
+    after = activation, negative_slope, approximate
     return _forward(
         name, x, out, None, shape_of, weight, bias, eps, leading, return_stats, 0, backend,
-        num_threads,
+        num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
+        out_sum=out_sum,
     )
 
 
+def _with_sum(name, x, residual, out_sum, *after):
+    if out_sum is not None and residual is None:
+        raise ValueError(f"{name}: out_sum without residual, expected both or none")
+    return check_fused(name, x, *after, residual)
+
+
 def layer_norm_backward(
-    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None
+    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
+    dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none",
 ):
     """Gradients of layer_norm; the formula of batch_norm_backward with means over a row.
 
     Args:
-        dy, x: (*leading, *normalized_shape), of one dtype.
+        dy, x: (*leading, *normalized_shape), of one dtype; x is the sum where there was a residual.
         stats: Statistics of the leading shape from the forward.
+        dsum: what else arrived at the sum as a gradient, like x: added to dx.
 
     Returns:
-        Gradients(dx, dweight, dbias), the last two of shape normalized_shape.
+        Gradients(dx, dweight, dbias), the last two of shape normalized_shape. dx is the gradient of
+        the forward's x and of its residual.
     """
     name = "layer_norm_backward"
     x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
-    check_trailing(name, x, shape, weight=weight)
+    check_trailing(name, x, shape, weight=weight, bias=bias)
+    fused = check_fused(name, x, activation, negative_slope, approximate, None, bias, dsum)
     return _backward(
-        name, dy, x, stats, weight, out, None, shape_of, leading, shape, 0, backend, num_threads
+        name, dy, x, stats, weight, out, None, shape_of, leading, shape, 0, backend, num_threads,
+        True, fused,
     )
 
 
 def rms_norm(
     x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
-    num_threads=None,
+    num_threads=None, residual=None, out_sum=None, activation=None, negative_slope=0.01,
+    approximate="none",
 ):
     """Divide by the root of the mean square over the trailing axes.
 
-    Formula:
-        y = x / sqrt(mean(x*x) + eps) * weight
+    Formula, with sum = x + residual (rounded to x's dtype):
+        y = activation(sum / sqrt(mean(sum*sum) + eps) * weight)
 
     Args:
         x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
         normalized_shape: an int or a sequence of ints.
         weight: of shape normalized_shape, or None for 1.
         eps: None is the machine epsilon of x's dtype.
+        out_sum: receives the sum; may be x or residual.
 
     Returns:
-        y like x, or (y, Statistics of the leading shape): mean 0, var the mean square.
+        y like x; with a residual (y, sum). With return_stats also the Statistics of the leading
+        shape, last: mean 0, var the mean square.
 
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
@@ -554,23 +669,27 @@ def rms_norm(
     check_trailing(name, x, shape, weight=weight)
     if eps is None:
         eps = x.eps if isinstance(x, DeviceArray) else TABLE[x.dtype].eps
+    after = activation, negative_slope, approximate
     return _forward(
         name, x, out, None, shape_of, weight, None, eps, leading, return_stats, NO_MEAN, backend,
-        num_threads,
+        num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
+        out_sum=out_sum,
     )
 
 
 def rms_norm_backward(
-    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None
+    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
+    dsum=None, activation=None, negative_slope=0.01, approximate="none",
 ):
     """Gradients of rms_norm.
 
-    Formula, with xhat = x*rstd and gy = dy*weight:
-        dx = rstd * (gy - xhat*mean(gy*xhat)), dweight = sum over rows of dy*xhat
+    Formula, with xhat = x*rstd, dz = dy*activation'(xhat*weight) and gy = dz*weight:
+        dx = rstd * (gy - xhat*mean(gy*xhat)) + dsum, dweight = sum over rows of dz*xhat
 
     Args:
-        dy, x: (*leading, *normalized_shape), of one dtype.
+        dy, x: (*leading, *normalized_shape), of one dtype; x is the sum where there was a residual.
         stats: Statistics of the leading shape from the forward.
+        dsum: what else arrived at the sum as a gradient, like x: added to dx.
 
     Returns:
         Gradients(dx, dweight, None), dweight of shape normalized_shape.
@@ -579,7 +698,8 @@ def rms_norm_backward(
     x = check_input(name, x)
     shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
     check_trailing(name, x, shape, weight=weight)
+    fused = check_fused(name, x, activation, negative_slope, approximate, dsum=dsum)
     return _backward(
         name, dy, x, stats, weight, out, None, shape_of, leading, shape, NO_MEAN, backend,
-        num_threads, with_bias=False,
+        num_threads, False, fused,
     )

@@ -1,4 +1,5 @@
-"""Layers with torch.nn's constructors and state. No arithmetic lives here.
+"""Layers with torch.nn's constructors and state, but those with running statistics, which are in
+layers_running.py. No arithmetic lives here.
 
 A layer is called on an array, keeps what its backward needs, and gives the input's gradient:
 
@@ -8,7 +9,17 @@ A layer is called on an array, keeps what its backward needs, and gives the inpu
 
 The arrays are NumPy's or on a GPU (see fastnorm.device); parameters follow the input to its place.
 Every layer also takes `layout` (where the input has a channel axis), `dtype` of its parameters
-and `backend`. state_dict() and load_state_dict() use PyTorch's key names, so that
+and `backend`, and every one that has parameters an `activation` (with `negative_slope` or
+`approximate`), which it applies last. Its call then also takes a residual:
+
+    >>> layer = fastnorm.BatchNorm2d(64, activation="relu")
+    >>> y = layer(x, residual)           # relu(norm(x) + residual)
+    >>> dx, dresidual = layer.backward(dy)
+    >>> layer = fastnorm.LayerNorm(768)
+    >>> y, total = layer(x, residual)    # total = x + residual, y = norm(total)
+    >>> dx = layer.backward(dy, dtotal)  # of x and of the residual
+
+state_dict() and load_state_dict() use PyTorch's key names, so that
 
     torch_layer.load_state_dict({k: torch.from_numpy(v) for k, v in layer.state_dict().items()})
     layer.load_state_dict({k: v.numpy() for k, v in torch_layer.state_dict().items()})
@@ -28,19 +39,34 @@ class Layer:
     parameters = ()
     _buffers = ()
 
-    def __init__(self, layout="NCHW", dtype=np.float32, backend=None):
+    def __init__(
+        self, layout="NCHW", dtype=np.float32, backend=None, activation=None, negative_slope=0.01,
+        approximate="none",
+    ):
         self.layout = layout
         self.dtype = np.dtype(dtype)
         self.backend = backend
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.approximate = approximate
         self.training = True
         self._saved = None
         self._on_gpu = False
-        functional.channels_first(type(self).__name__, layout)
+        name = type(self).__name__
+        functional.channels_first(name, layout)
+        functional.check_fused(name, None, activation, negative_slope, approximate)
         if self.dtype not in TABLE:
-            raise TypeError(f"{type(self).__name__}: dtype is {self.dtype}, expected {NAMES}")
+            raise TypeError(f"{name}: dtype is {self.dtype}, expected {NAMES}")
 
-    def __call__(self, x):
-        return self.forward(x)
+    def __call__(self, x, *residual):
+        return self.forward(x, *residual)
+
+    def _common(self):
+        """Keywords of every call of functional.py."""
+        return {
+            "backend": self.backend, "activation": self.activation,
+            "negative_slope": self.negative_slope, "approximate": self.approximate,
+        }
 
     def train(self, mode=True):
         """Switch to training (or with False to inference) and return the layer."""
@@ -85,6 +111,11 @@ class Layer:
                 after = gradient if before is None else device.added(before, gradient)
                 setattr(self, f"grad_{name}", after)
 
+    def _gradients(self, found):
+        """Accumulate the parameters' gradients, and hand out dx, or (dx, dresidual)."""
+        self._accumulate(found.dweight, found.dbias)
+        return (found.dx, found.dresidual) if len(found) == 4 else found.dx
+
     def _take_saved(self):
         if self._saved is None:
             raise RuntimeError(f"{type(self).__name__}: backward before forward")
@@ -115,289 +146,27 @@ class Layer:
         self._on_gpu = False  # or the next call on a GPU would not move them
 
     def __repr__(self):
-        return f"{type(self).__name__}({self._describe()})"
+        after = f", activation={self.activation!r}" if self.activation else ""
+        return f"{type(self).__name__}({self._describe()}{after})"
 
     def _describe(self):
         return ""
-
-
-class _ChannelNorm(Layer):
-    """What batch and instance norm share: parameters and running statistics for each channel."""
-
-    _ranks = ()
-
-    def __init__(
-        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, *,
-        layout="NCHW", dtype=np.float32, backend=None,
-    ):
-        super().__init__(layout, dtype, backend)
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self._set_parameters((0,), False, False)
-        self.running_mean = self.running_var = self.num_batches_tracked = None
-        if num_features is not None:
-            self._allocate(num_features)
-
-    def _allocate(self, num_features):
-        self.num_features = num_features
-        self._set_parameters((num_features,), self.affine, self.affine)
-        if self.track_running_stats:
-            self._buffers = ("running_mean", "running_var", "num_batches_tracked")
-            self.reset_running_stats()
-
-    def reset_running_stats(self):
-        """Running mean 0, running variance 1, no batches."""
-        if self.track_running_stats:
-            self._on_gpu = False
-            self.running_mean = np.zeros(self.num_features, self.dtype)
-            self.running_var = np.ones(self.num_features, self.dtype)
-            self.num_batches_tracked = np.zeros((), np.int64)
-
-    def _check_rank(self, x):
-        if getattr(x, "ndim", None) not in self._ranks:
-            ranks = " or ".join(f"{rank}-D" for rank in self._ranks)
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {getattr(x, 'shape', None)},"
-                f" expected a {ranks} array"
-            )
-
-    def _describe(self):
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine},"
-            f" track_running_stats={self.track_running_stats}"
-        )
-
-
-class _BatchNorm(_ChannelNorm):
-    """Batch normalization of {inputs}.
-
-    Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
-
-    Statistics over the batch and the spatial axes in training, the running ones in eval();
-    with track_running_stats=False those of the batch always. The running variance is the
-    unbiased one.
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: of the running statistics; None is the cumulative average.
-        affine: whether there are a weight (1 at first) and a bias (0).
-        track_running_stats: whether there are running statistics (mean 0, variance 1 at first).
-        layout, dtype, backend: see fastnorm.layers.
-
-    Shape:
-        {inputs} in, the same out.
-
-    Examples:
-        >>> y = fastnorm.{name}(64)(x)
-
-    Source:
-        Ioffe and Szegedy, "Batch Normalization", 2015.
-    """
-
-    def _momentum(self):
-        """Of this batch: 1/t for the cumulative average of momentum=None. The batch is counted
-        behind the call, so that a refused input leaves the layer as it was."""
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (float(self.num_batches_tracked or 0) + 1.0)
-
-    def forward(self, x):
-        """Normalize x; in training also move the running statistics."""
-        self._check_rank(x)
-        self._follow(x)
-        use_batch = self.training or not self.track_running_stats
-        moving = self.training and self.track_running_stats
-        running = self.track_running_stats and (moving or not use_batch)
-        y, stats = functional.batch_norm(
-            x, self.running_mean if running else None, self.running_var if running else None,
-            self.weight, self.bias, use_batch, self._momentum(), self.eps,
-            layout=self.layout, return_stats=True, backend=self.backend,
-        )
-        if moving:
-            self.num_batches_tracked += 1
-        self._saved = x, stats
-        return y
-
-    def backward(self, dy):
-        """The gradient of the last input; adds to grad_weight and grad_bias."""
-        x, stats = self._take_saved()
-        dx, dweight, dbias = functional.batch_norm_backward(
-            dy, x, stats, self.weight, layout=self.layout, backend=self.backend
-        )
-        self._accumulate(dweight, dbias)
-        return dx
-
-
-class _InstanceNorm(_ChannelNorm):
-    """Instance normalization of {inputs}.
-
-    Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
-
-    Statistics of each sample's channel over the spatial axes; with track_running_stats=True the
-    running ones in eval().
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: of the running statistics; with None they stay, and as in PyTorch
-            num_batches_tracked counts nothing.
-        affine: whether there are a weight and a bias; not by default.
-        track_running_stats: whether there are running statistics; not by default.
-        layout, dtype, backend: see fastnorm.layers.
-
-    Shape:
-        {inputs} in, the same out. One axis less is one sample without the batch axis.
-
-    Examples:
-        >>> y = fastnorm.{name}(64)(x)
-
-    Source:
-        Ulyanov et al., "Instance Normalization", 2016.
-    """
-
-    def __init__(
-        self, num_features, eps=1e-5, momentum=0.1, affine=False, track_running_stats=False, *,
-        layout="NCHW", dtype=np.float32, backend=None,
-    ):
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, layout=layout, dtype=dtype,
-            backend=backend,
-        )
-
-    def forward(self, x):
-        """Normalize x; in training also move the running statistics, where there are any."""
-        self._check_rank(x)
-        self._follow(x)
-        alone = x.ndim == self._ranks[0]
-        batched = x[np.newaxis] if alone else x
-        use_input = self.training or not self.track_running_stats
-        y, stats = functional.instance_norm(
-            batched, self.running_mean, self.running_var, self.weight, self.bias, use_input,
-            self.momentum or 0.0, self.eps, layout=self.layout, return_stats=True,
-            backend=self.backend,
-        )
-        self._saved = batched, stats, alone
-        return y[0] if alone else y
-
-    def backward(self, dy):
-        """The gradient of the last input; adds to grad_weight and grad_bias."""
-        x, stats, alone = self._take_saved()
-        dx, dweight, dbias = functional.instance_norm_backward(
-            dy[np.newaxis] if alone else dy, x, stats, self.weight, layout=self.layout,
-            backend=self.backend,
-        )
-        self._accumulate(dweight, dbias)
-        return dx[0] if alone else dx
-
-
-class _Lazy:
-    """C is taken from the first input's channel axis."""
-
-    def __init__(self, *args, **keywords):
-        super().__init__(None, *args, **keywords)
-
-    def forward(self, x):
-        if self.num_features is None:
-            self._check_rank(x)
-            first = functional.channels_first(type(self).__name__, self.layout)
-            alone = isinstance(self, _InstanceNorm) and x.ndim == self._ranks[0]
-            self._allocate(x.shape[-1 if not first else 0 if alone else 1])
-        return super().forward(x)
-
-
-def _dimensions(base, ranks, inputs, lazy):
-    """Class decorator: the subclass of `base` for inputs of these ranks."""
-
-    def fill(cls):
-        cls._ranks = ranks
-        cls.__doc__ = base.__doc__.replace("{inputs}", inputs).replace("{name}", cls.__name__)
-        if lazy:
-            cls.__doc__ = cls.__doc__.replace(
-                "num_features: C.", "(C is taken from the first input's channel axis.)"
-            ).replace("(64)(x)", "()(x)")
-        return cls
-
-    return fill
-
-
-@_dimensions(_BatchNorm, (2, 3), "(N, C) or (N, C, L)", lazy=False)
-class BatchNorm1d(_BatchNorm):
-    pass
-
-
-@_dimensions(_BatchNorm, (4,), "(N, C, H, W)", lazy=False)
-class BatchNorm2d(_BatchNorm):
-    pass
-
-
-@_dimensions(_BatchNorm, (5,), "(N, C, D, H, W)", lazy=False)
-class BatchNorm3d(_BatchNorm):
-    pass
-
-
-@_dimensions(_BatchNorm, (2, 3), "(N, C) or (N, C, L)", lazy=True)
-class LazyBatchNorm1d(_Lazy, _BatchNorm):
-    pass
-
-
-@_dimensions(_BatchNorm, (4,), "(N, C, H, W)", lazy=True)
-class LazyBatchNorm2d(_Lazy, _BatchNorm):
-    pass
-
-
-@_dimensions(_BatchNorm, (5,), "(N, C, D, H, W)", lazy=True)
-class LazyBatchNorm3d(_Lazy, _BatchNorm):
-    pass
-
-
-@_dimensions(_InstanceNorm, (2, 3), "(N, C, L)", lazy=False)
-class InstanceNorm1d(_InstanceNorm):
-    pass
-
-
-@_dimensions(_InstanceNorm, (3, 4), "(N, C, H, W)", lazy=False)
-class InstanceNorm2d(_InstanceNorm):
-    pass
-
-
-@_dimensions(_InstanceNorm, (4, 5), "(N, C, D, H, W)", lazy=False)
-class InstanceNorm3d(_InstanceNorm):
-    pass
-
-
-@_dimensions(_InstanceNorm, (2, 3), "(N, C, L)", lazy=True)
-class LazyInstanceNorm1d(_Lazy, _InstanceNorm):
-    pass
-
-
-@_dimensions(_InstanceNorm, (3, 4), "(N, C, H, W)", lazy=True)
-class LazyInstanceNorm2d(_Lazy, _InstanceNorm):
-    pass
-
-
-@_dimensions(_InstanceNorm, (4, 5), "(N, C, D, H, W)", lazy=True)
-class LazyInstanceNorm3d(_Lazy, _InstanceNorm):
-    pass
 
 
 class GroupNorm(Layer):
     """Group normalization.
 
     Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias, statistics of each sample's group
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    Statistics of each sample's group of channels.
 
     Args:
         num_groups: G, a divisor of num_channels.
         num_channels: C.
         eps: added to the variance.
         affine: whether there are a weight and a bias.
-        layout, dtype, backend: see fastnorm.layers.
+        layout, dtype, backend, activation, negative_slope, approximate: see fastnorm.layers.
 
     Shape:
         (N, C, *) in, the same out.
@@ -411,9 +180,9 @@ class GroupNorm(Layer):
 
     def __init__(
         self, num_groups, num_channels, eps=1e-5, affine=True, *, layout="NCHW", dtype=np.float32,
-        backend=None,
+        backend=None, activation=None, negative_slope=0.01, approximate="none",
     ):
-        super().__init__(layout, dtype, backend)
+        super().__init__(layout, dtype, backend, activation, negative_slope, approximate)
         if num_channels % num_groups:
             raise ValueError(
                 f"GroupNorm: num_groups is {num_groups}, expected a divisor of num_channels"
@@ -425,40 +194,55 @@ class GroupNorm(Layer):
         self.affine = affine
         self._set_parameters((num_channels,), affine, affine)
 
-    def forward(self, x):
+    def forward(self, x, residual=None):
         self._follow(x)
         y, stats = functional.group_norm(
             x, self.num_groups, self.weight, self.bias, self.eps, layout=self.layout,
-            return_stats=True, backend=self.backend,
+            return_stats=True, residual=residual, **self._common(),
         )
-        self._saved = x, stats
+        self._saved = x, stats, residual
         return y
 
     def backward(self, dy):
-        """The gradient of the last input; adds to grad_weight and grad_bias."""
-        x, stats = self._take_saved()
-        dx, dweight, dbias = functional.group_norm_backward(
-            dy, x, stats, self.num_groups, self.weight, layout=self.layout, backend=self.backend
-        )
-        self._accumulate(dweight, dbias)
-        return dx
+        """The gradient of the last input, and of its residual; adds to grad_weight, grad_bias."""
+        x, stats, residual = self._take_saved()
+        return self._gradients(functional.group_norm_backward(
+            dy, x, stats, self.num_groups, self.weight, layout=self.layout, bias=self.bias,
+            residual=residual, **self._common(),
+        ))
 
     def _describe(self):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
 
 
-class LayerNorm(Layer):
+class _RowNorm(Layer):
+    """What layer and RMS norm share."""
+
+    def _keep(self, x, results):
+        """Keep what the backward needs, and hand out y, or (y, sum)."""
+        *results, stats = results
+        self._saved = results[-1] if len(results) == 2 else x, stats
+        return tuple(results) if len(results) == 2 else results[0]
+
+    def _describe(self):
+        return (
+            f"{self.normalized_shape}, eps={self.eps},"
+            f" elementwise_affine={self.elementwise_affine}"
+        )
+
+
+class LayerNorm(_RowNorm):
     """Layer normalization over the trailing axes.
 
-    Formula:
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+    Formula, with sum = x + residual:
+        y = activation((sum - mean) / sqrt(var + eps) * weight + bias)
 
     Args:
         normalized_shape: an int or a sequence of ints, the trailing axes of the input.
         eps: added to the variance.
         elementwise_affine: whether there is a weight (and a bias) for each place.
         bias: whether there is a bias.
-        dtype, backend: see fastnorm.layers.
+        dtype, backend, activation, negative_slope, approximate: see fastnorm.layers.
 
     Shape:
         (*, *normalized_shape) in, the same out.
@@ -472,50 +256,42 @@ class LayerNorm(Layer):
 
     def __init__(
         self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, *, dtype=np.float32,
-        backend=None,
+        backend=None, activation=None, negative_slope=0.01, approximate="none",
     ):
-        super().__init__(dtype=dtype, backend=backend)
+        super().__init__("NCHW", dtype, backend, activation, negative_slope, approximate)
         self.normalized_shape = _shape(normalized_shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self._set_parameters(self.normalized_shape, elementwise_affine, elementwise_affine and bias)
 
-    def forward(self, x):
+    def forward(self, x, residual=None):
         self._follow(x)
-        y, stats = functional.layer_norm(
+        return self._keep(x, functional.layer_norm(
             x, self.normalized_shape, self.weight, self.bias, self.eps, return_stats=True,
-            backend=self.backend,
-        )
-        self._saved = x, stats
-        return y
+            residual=residual, **self._common(),
+        ))
 
-    def backward(self, dy):
-        """The gradient of the last input; adds to grad_weight and grad_bias."""
+    def backward(self, dy, dsum=None):
+        """The gradient of the last input (and of its residual), dsum being what arrived at their
+        sum from elsewhere; adds to grad_weight and grad_bias."""
         x, stats = self._take_saved()
-        dx, dweight, dbias = functional.layer_norm_backward(
-            dy, x, stats, self.normalized_shape, self.weight, backend=self.backend
-        )
-        self._accumulate(dweight, dbias)
-        return dx
-
-    def _describe(self):
-        return (
-            f"{self.normalized_shape}, eps={self.eps},"
-            f" elementwise_affine={self.elementwise_affine}"
-        )
+        return self._gradients(functional.layer_norm_backward(
+            dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, bias=self.bias,
+            **self._common(),
+        ))
 
 
-class RMSNorm(Layer):
+class RMSNorm(_RowNorm):
     """Root mean square normalization over the trailing axes.
 
-    Formula:
-        y = x / sqrt(mean(x*x) + eps) * weight
+    Formula, with sum = x + residual:
+        y = activation(sum / sqrt(mean(sum*sum) + eps) * weight)
 
     Args:
         normalized_shape: an int or a sequence of ints, the trailing axes of the input.
         eps: added to the mean square; None is the machine epsilon of the input's dtype.
         elementwise_affine: whether there is a weight for each place.
-        dtype, backend: see fastnorm.layers.
+        dtype, backend, activation, negative_slope, approximate: see fastnorm.layers.
 
     Shape:
         (*, *normalized_shape) in, the same out.
@@ -528,36 +304,29 @@ class RMSNorm(Layer):
     """
 
     def __init__(
-        self, normalized_shape, eps=None, elementwise_affine=True, *, dtype=np.float32, backend=None
+        self, normalized_shape, eps=None, elementwise_affine=True, *, dtype=np.float32,
+        backend=None, activation=None, negative_slope=0.01, approximate="none",
     ):
-        super().__init__(dtype=dtype, backend=backend)
+        super().__init__("NCHW", dtype, backend, activation, negative_slope, approximate)
         self.normalized_shape = _shape(normalized_shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self._set_parameters(self.normalized_shape, elementwise_affine, False)
 
-    def forward(self, x):
+    def forward(self, x, residual=None):
         self._follow(x)
-        y, stats = functional.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps, return_stats=True, backend=self.backend
-        )
-        self._saved = x, stats
-        return y
+        return self._keep(x, functional.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, return_stats=True, residual=residual,
+            **self._common(),
+        ))
 
-    def backward(self, dy):
-        """The gradient of the last input; adds to grad_weight."""
+    def backward(self, dy, dsum=None):
+        """The gradient of the last input (and of its residual), dsum being what arrived at their
+        sum from elsewhere; adds to grad_weight."""
         x, stats = self._take_saved()
-        dx, dweight, _ = functional.rms_norm_backward(
-            dy, x, stats, self.normalized_shape, self.weight, backend=self.backend
-        )
-        self._accumulate(dweight, None)
-        return dx
-
-    def _describe(self):
-        return (
-            f"{self.normalized_shape}, eps={self.eps},"
-            f" elementwise_affine={self.elementwise_affine}"
-        )
+        return self._gradients(functional.rms_norm_backward(
+            dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, **self._common()
+        ))
 
 
 class LocalResponseNorm(Layer):

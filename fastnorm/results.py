@@ -32,3 +32,12 @@ class Gradients(NamedTuple):
     dx: np.ndarray
     dweight: np.ndarray
     dbias: np.ndarray | None
+
+
+class GradientsWithResidual(NamedTuple):
+    """Gradients of a backward that was given the residual."""
+
+    dx: np.ndarray
+    dweight: np.ndarray
+    dbias: np.ndarray
+    dresidual: np.ndarray

@@ -62,6 +62,8 @@ typedef enum fastnorm_status {
     FASTNORM_BAD_LAYOUT = 21,           /* not a fastnorm_layout */
     FASTNORM_BAD_ISA = 22,              /* not a fastnorm_isa, or this processor lacks it */
     FASTNORM_BAD_FLAGS = 23,            /* unknown flag, or flags that exclude each other */
+    FASTNORM_BAD_ACTIVATION = 24,       /* not a fastnorm_activation, or its slope not finite */
+    FASTNORM_BAD_FUSION = 25,           /* an array that this geometry or call has no use for */
     FASTNORM_NEGATIVE_SIZE = 30,        /* a size below 0 */
     FASTNORM_SIZE_OVERFLOW = 31,        /* the array would not fit the address space */
     FASTNORM_NOT_DIVISIBLE = 32,        /* channels are not a multiple of groups */
@@ -84,6 +86,16 @@ typedef enum fastnorm_dtype {
     FASTNORM_FLOAT16 = 3, /* IEEE binary16 */
     FASTNORM_BFLOAT16 = 4 /* the upper half of a float32 */
 } fastnorm_dtype;
+
+/* What a detailed call applies last, named as in PyTorch. */
+typedef enum fastnorm_activation {
+    FASTNORM_NO_ACTIVATION = 0,
+    FASTNORM_RELU = 1,
+    FASTNORM_LEAKY_RELU = 2, /* z where z > 0, else negative_slope*z */
+    FASTNORM_SILU = 3,       /* z/(1 + exp(-z)) */
+    FASTNORM_GELU = 4,       /* z*(1 + erf(z/sqrt(2)))/2 */
+    FASTNORM_GELU_TANH = 5   /* z*(1 + tanh(sqrt(2/pi)*(z + 0.044715*z^3)))/2 */
+} fastnorm_activation;
 
 typedef enum fastnorm_layout { FASTNORM_NCHW = 1, FASTNORM_NHWC = 2 } fastnorm_layout;
 
@@ -222,7 +234,8 @@ typedef struct fastnorm_forward_args {
     int32_t dtype;       /* of x and y */
     int32_t param_dtype; /* of weight, bias, running_mean, running_var; 0: dtype */
     int32_t flags;       /* of fastnorm_flags, or'ed */
-    int32_t reserved;    /* 0 */
+    int32_t activation;  /* a fastnorm_activation */
+    double negative_slope;
     double eps;
     double momentum;     /* running = (1 - momentum)*running + momentum*batch */
     const void *x;
@@ -234,6 +247,8 @@ typedef struct fastnorm_forward_args {
     double *mean;        /* [b][g], outputs, each may be NULL */
     double *var;
     double *rstd;
+    const void *residual; /* like x, or NULL */
+    void *sum;            /* like x, or NULL: see fastnorm_forward */
 } fastnorm_forward_args;
 
 typedef struct fastnorm_backward_args {
@@ -241,7 +256,8 @@ typedef struct fastnorm_backward_args {
     int32_t dtype;       /* of dy, x and dx */
     int32_t param_dtype; /* of weight, dweight, dbias; 0: dtype */
     int32_t flags;
-    int32_t reserved;    /* 0 */
+    int32_t activation;  /* the forward's */
+    double negative_slope;
     const void *dy;
     const void *x;
     const void *weight;
@@ -250,16 +266,33 @@ typedef struct fastnorm_backward_args {
     void *dx;
     void *dweight;       /* [g][k], may be NULL */
     void *dbias;         /* [g][k], may be NULL */
+    const void *bias;     /* with an activation, the forward's bias and residual; else unused */
+    const void *residual;
+    void *dresidual;      /* like x, or NULL: see fastnorm_backward */
+    const void *dsum;     /* like x, or NULL; only where o and i are 1 */
 } fastnorm_backward_args;
 
-/* y = (x - mean)*rstd*weight + bias. Statistics of an empty set are 0. */
+/* y = activation((x - mean)*rstd*weight + bias + residual). Statistics of an empty set are 0.
+ *
+ * Where `sum` is not NULL (o and i must be 1, statistics not given), the residual is added before
+ * instead: sum = x + residual, rounded to dtype, is normalized in the place of x. It may be x or
+ * the residual; y may be either too, but not sum. */
 FASTNORM_API fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
                                               const fastnorm_forward_args *args,
                                               const fastnorm_options *options);
 
 /* With xhat = (x - mean)*rstd, gy = dy*weight and means over (o, k, i):
  *     dx = rstd*(gy - mean(gy) - xhat*mean(gy*xhat))
- *     dweight[g][k] = sum over (b, o, i) of dy*xhat,  dbias[g][k] = the same sum of dy */
+ *     dweight[g][k] = sum over (b, o, i) of dy*xhat,  dbias[g][k] = the same sum of dy
+ *
+ * With an activation, dy stands in these for dz = dy*activation'(z), z the activation's input, which
+ * is computed again from x, mean, rstd, weight, bias and residual. dz is also the residual's
+ * gradient: it is written to dresidual, which may be dy or residual (without an activation it is dy
+ * itself, and dresidual must be NULL). Without dresidual, dx holds dz for a while, and must be
+ * neither x nor dsum. dz is rounded to dtype in either case.
+ *
+ * A forward with `sum` has its sum as x here. dsum, what else arrived at the sum as a gradient, is
+ * added to dx, which is then the gradient of x and of the residual; dx may else be dsum. */
 FASTNORM_API fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
                                                const fastnorm_backward_args *args,
                                                const fastnorm_options *options);

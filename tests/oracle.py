@@ -3,6 +3,8 @@
 It imports nothing from fastnorm. Everything is (N, C, *spatial): callers move the channels.
 """
 
+import math
+
 import numpy as np
 
 WIDE = np.longdouble
@@ -94,3 +96,25 @@ def row_norm(x, dy, ndim, weight, bias, eps, centred):
         "dweight": np.sum(dy.astype(WIDE) * xhat, axis=leading),
         "dbias": np.sum(dy.astype(WIDE), axis=leading),
     }
+
+
+def activation(z, kind, slope=0.01):
+    """An activation of PyTorch's and its derivative; "gelu_tanh" is gelu's approximate="tanh"."""
+    z = z.astype(WIDE)
+    one = np.ones_like(z)
+    if kind is None:
+        return z, one
+    if kind == "relu":
+        return np.maximum(z, 0), np.where(z > 0, one, 0)
+    if kind == "leaky_relu":
+        return np.where(z > 0, z, slope * z), np.where(z > 0, one, slope)
+    if kind == "silu":
+        sigmoid = 1 / (1 + np.exp(-z))
+        return z * sigmoid, sigmoid + z * sigmoid * (1 - sigmoid)
+    if kind == "gelu":
+        below = np.vectorize(lambda v: 0.5 * math.erfc(-v * math.sqrt(0.5)), otypes=[WIDE])(z)
+        return z * below, below + z * np.exp(-z * z / 2) / np.sqrt(2 * WIDE(math.pi))
+    inner = np.sqrt(2 / WIDE(math.pi)) * (z + WIDE("0.044715") * z**3)
+    slope_of_inner = np.sqrt(2 / WIDE(math.pi)) * (1 + 3 * WIDE("0.044715") * z**2)
+    tanh = np.tanh(inner)
+    return z * (1 + tanh) / 2, (1 + tanh) / 2 + z / 2 * (1 - tanh**2) * slope_of_inner

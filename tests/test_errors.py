@@ -16,6 +16,7 @@ def image(*shape):
 
 X = image()
 STATS = fastnorm.batch_norm(X, training=True, return_stats=True)[1]
+RMS = fastnorm.rms_norm(X, 5, return_stats=True)[1]
 OUT = np.full(X.shape, 7, F)
 MEAN, VAR = np.full(6, 7, F), np.full(6, 7, F)
 
@@ -150,6 +151,73 @@ BAD = {
         lambda: fastnorm.batch_norm_backward(X, X, None, out=OUT),
         TypeError,
         "return_stats=True",
+    ),
+    "activation": (
+        lambda: train(activation="swish"),
+        ValueError,
+        "activation is 'swish', expected 'relu', 'leaky_relu', 'silu', 'gelu' or None",
+    ),
+    "activation list": (lambda: train(activation=["relu"]), ValueError, "activation is"),
+    "approximate": (
+        lambda: train(activation="gelu", approximate="erf"),
+        ValueError,
+        "approximate is 'erf', expected 'none' or 'tanh'",
+    ),
+    "slope": (
+        lambda: train(activation="leaky_relu", negative_slope=math.nan),
+        ValueError,
+        "negative_slope is nan",
+    ),
+    "residual shape": (lambda: train(residual=X[:1]), ValueError, "residual has shape"),
+    "residual dtype": (lambda: train(residual=X.astype(float)), ValueError, "dtype float64"),
+    "residual list": (lambda: train(residual=[1.0]), TypeError, "residual is a list"),
+    "layer activation": (
+        lambda: fastnorm.GroupNorm(2, 6, activation="tanh"), ValueError, "GroupNorm: activation",
+    ),
+    "sum without residual": (
+        lambda: fastnorm.layer_norm(X, 5, out_sum=OUT), ValueError, "out_sum without residual",
+    ),
+    "sum and out the same": (
+        lambda: fastnorm.layer_norm(X, 5, residual=X, out=OUT, out_sum=OUT),
+        ValueError,
+        "out_sum shares memory with out",
+    ),
+    "out_residual without residual": (
+        lambda: fastnorm.batch_norm_backward(X, X, STATS, out_residual=OUT),
+        ValueError,
+        "out_residual without residual",
+    ),
+    "dx in x behind an activation": (
+        lambda: fastnorm.batch_norm_backward(OUT, X, STATS, activation="relu", out=X),
+        ValueError,
+        "out shares memory with x",
+    ),
+    "dx in dsum behind an activation": (
+        lambda: fastnorm.rms_norm_backward(
+            X, X, RMS, 5, dsum=OUT, activation="relu", out=OUT
+        ),
+        ValueError,
+        "out shares memory with dsum",
+    ),
+    "dx in dy that is the residual's": (
+        lambda: fastnorm.batch_norm_backward(OUT, X, STATS, residual=X, out=OUT),
+        ValueError,
+        "dy, which is the residual's gradient",
+    ),
+    "dresidual in x": (
+        lambda: fastnorm.batch_norm_backward(
+            OUT, X, STATS, residual=OUT, activation="relu", out_residual=X
+        ),
+        ValueError,
+        "out_residual shares memory with x",
+    ),
+    "backward bias": (
+        lambda: fastnorm.batch_norm_backward(OUT, X, STATS, bias=np.ones(5, F), activation="relu"),
+        ValueError,
+        "bias has shape",
+    ),
+    "dsum shape": (
+        lambda: fastnorm.rms_norm_backward(OUT, X, RMS, 5, dsum=X[:1]), ValueError, "dsum has shape"
     ),
     "lrn size": (lambda: fastnorm.local_response_norm(X, 0, out=OUT), ValueError, "size is 0"),
     "lrn rank": (lambda: fastnorm.local_response_norm(X[0, 0, 0], 2), ValueError, "2 axes"),

@@ -115,6 +115,63 @@ def test_gradients_accumulate_until_zero_grad():
     assert layer.grad_weight is None
 
 
+def test_a_resnet_block_with_residual_and_activation():
+    """relu(norm(x) + residual), and norm then relu, as torch.nn has them in two and three calls."""
+    rng = np.random.default_rng(0)
+    x, residual, dy = rng.normal(size=(3, 4, 3, 6, 5)).astype(np.float32)[:3]
+    for ours, theirs in (
+        (fastnorm.BatchNorm2d(3, activation="relu"), torch.nn.BatchNorm2d(3)),
+        (fastnorm.GroupNorm(3, 3, activation="relu"), torch.nn.GroupNorm(3, 3)),
+        (fastnorm.LazyBatchNorm2d(activation="relu"), torch.nn.BatchNorm2d(3)),
+        (
+            fastnorm.InstanceNorm2d(3, affine=True, activation="relu"),
+            torch.nn.InstanceNorm2d(3, affine=True),
+        ),
+    ):
+        for extra in ((), (residual,)):
+            leaves = [torch.from_numpy(a).requires_grad_() for a in (x, *extra)]
+            theirs.zero_grad()
+            ty = torch.relu(sum((theirs(leaves[0]), *leaves[1:])))
+            ty.backward(torch.from_numpy(dy))
+            close(ours(x, *extra), ty)
+            ours.zero_grad()
+            found = ours.backward(dy)
+            for a, leaf in zip(found if extra else (found,), leaves, strict=True):
+                close(a, leaf.grad)
+            close(ours.grad_weight, theirs.weight.grad)
+            close(ours.grad_bias, theirs.bias.grad)
+    assert repr(fastnorm.RMSNorm(4, activation="silu")).endswith("activation='silu')")
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_a_transformer_block_with_residual(name):
+    """total = x + residual goes on beside norm(total), and its gradient comes back."""
+    rng = np.random.default_rng(0)
+    x, residual, dy, dtotal = rng.normal(size=(4, 6, 9)).astype(np.float32)
+    ours, theirs = getattr(fastnorm, name)(9, eps=1e-5), getattr(torch.nn, name)(9, eps=1e-5)
+    leaves = [torch.from_numpy(a).requires_grad_() for a in (x, residual)]
+    total = leaves[0] + leaves[1]
+    ty = theirs(total)
+    torch.autograd.backward((ty, total), (torch.from_numpy(dy), torch.from_numpy(dtotal)))
+    y, found_total = ours(x, residual)
+    close(y, ty)
+    close(found_total, total)
+    dx = ours.backward(dy, dtotal)
+    close(dx, leaves[0].grad)
+    close(dx, leaves[1].grad)
+    close(ours.grad_weight, theirs.weight.grad)
+
+
+def test_one_sample_without_the_batch_axis_and_its_residual():
+    x, residual, dy = np.random.default_rng(0).normal(size=(3, 3, 6, 5)).astype(np.float32)
+    layer = fastnorm.InstanceNorm2d(3, activation="gelu")
+    y = layer(x, residual)
+    dx, dresidual = layer.backward(dy)
+    wanted = layer(x[np.newaxis], residual[np.newaxis])[0]
+    assert np.array_equal(y, wanted)
+    assert dx.shape == dresidual.shape == x.shape
+
+
 def test_repr_is_pytorchs():
     for ours, theirs in (
         (fastnorm.BatchNorm2d(3), torch.nn.BatchNorm2d(3)),

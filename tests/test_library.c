@@ -154,6 +154,19 @@ static void test_errors(void)
     REFUSED_BACKWARD(a.flags = FASTNORM_BIASED_RUNNING_VAR, FASTNORM_BAD_FLAGS);
     REFUSED_BACKWARD(a.dx = dy + 1, FASTNORM_OVERLAP);
     REFUSED_BACKWARD(a.dbias = dweight, FASTNORM_OVERLAP);
+    REFUSED_FORWARD(a.activation = 6, FASTNORM_BAD_ACTIVATION);
+    REFUSED_FORWARD(a.activation = -1, FASTNORM_BAD_ACTIVATION);
+    REFUSED_FORWARD(a.negative_slope = NAN, FASTNORM_BAD_ACTIVATION);
+    REFUSED_FORWARD(a.residual = x; a.sum = dx, FASTNORM_BAD_FUSION); /* sets are not rows */
+    REFUSED_FORWARD(s.o = s.i = 1; a.sum = dx, FASTNORM_BAD_FUSION);
+    REFUSED_FORWARD(s.o = s.i = 1; a.residual = x; a.sum = y, FASTNORM_OVERLAP);
+    REFUSED_FORWARD(a.residual = y + 1, FASTNORM_OVERLAP);
+    REFUSED_BACKWARD(a.activation = 6, FASTNORM_BAD_ACTIVATION);
+    REFUSED_BACKWARD(a.dsum = y, FASTNORM_BAD_FUSION);
+    REFUSED_BACKWARD(a.dresidual = y, FASTNORM_BAD_FUSION); /* it is dy without an activation */
+    REFUSED_BACKWARD(a.activation = FASTNORM_RELU; a.dx = x, FASTNORM_OVERLAP);
+    REFUSED_BACKWARD(a.activation = FASTNORM_RELU; a.dresidual = dx, FASTNORM_OVERLAP);
+    REFUSED_BACKWARD(a.activation = FASTNORM_RELU; a.dresidual = x, FASTNORM_OVERLAP);
     REFUSED_BACKWARD(a.struct_size = 0, FASTNORM_BAD_STRUCT_SIZE);
     CHECK(fastnorm_batch_norm(FASTNORM_FLOAT32, (fastnorm_layout)9, 1, 2, 3, x, NULL, NULL, 1e-5, y,
                               NULL, NULL, NULL) == FASTNORM_BAD_LAYOUT);
@@ -218,6 +231,67 @@ static void test_values(void)
         }
     CHECK(worst_y < 2e-5);
     CHECK(worst_dx < 2e-5);
+}
+
+/* y = relu(affine + residual) and its gradient, from the calls without; rows with their sum. */
+static void test_fusion(void)
+{
+    static float z[SIZE], dz[SIZE], wanted[SIZE], residual[SIZE], sum[SIZE], dresidual[SIZE];
+    const fastnorm_geometry rows = {SIZE / CHANNELS, 1, 1, CHANNELS, 1};
+    static double row_mean[SIZE / CHANNELS], row_rstd[SIZE / CHANNELS];
+    fastnorm_forward_args forward = forward_args();
+    fastnorm_backward_args backward = backward_args();
+    int right = 1;
+    for (int at = 0; at < SIZE; at++) residual[at] = dy[SIZE - 1 - at] * 5;
+    forward.y = z;
+    CHECK(fastnorm_forward(&shape, &forward, NULL) == FASTNORM_OK);
+    forward.y = y;
+    forward.residual = residual;
+    forward.activation = FASTNORM_RELU;
+    CHECK(fastnorm_forward(&shape, &forward, NULL) == FASTNORM_OK);
+    for (int at = 0; at < SIZE; at++) {
+        const float before = z[at] + residual[at];
+        right = right && y[at] == (before > 0 ? before : 0);
+        dz[at] = before > 0 ? dy[at] : 0;
+    }
+    CHECK(right);
+    backward.dy = dz;
+    backward.dx = wanted;
+    CHECK(fastnorm_backward(&shape, &backward, NULL) == FASTNORM_OK);
+    backward.dy = dy;
+    backward.dx = dx;
+    backward.bias = bias;
+    backward.residual = residual;
+    backward.dresidual = dresidual;
+    backward.activation = FASTNORM_RELU;
+    CHECK(fastnorm_backward(&shape, &backward, NULL) == FASTNORM_OK);
+    CHECK(memcmp(dresidual, dz, sizeof dz) == 0 && memcmp(dx, wanted, sizeof dx) == 0);
+    backward.dresidual = NULL;
+    CHECK(fastnorm_backward(&shape, &backward, NULL) == FASTNORM_OK);
+    CHECK(memcmp(dx, wanted, sizeof dx) == 0);
+
+    forward.activation = FASTNORM_NO_ACTIVATION;
+    forward.sum = sum;
+    forward.mean = row_mean;
+    forward.var = NULL;
+    forward.rstd = row_rstd;
+    CHECK(fastnorm_forward(&rows, &forward, NULL) == FASTNORM_OK);
+    for (int at = 0; at < SIZE; at++) right = right && sum[at] == x[at] + residual[at];
+    CHECK(right);
+    forward.x = sum;
+    forward.residual = forward.sum = NULL;
+    forward.y = z;
+    CHECK(fastnorm_forward(&rows, &forward, NULL) == FASTNORM_OK && memcmp(y, z, sizeof y) == 0);
+    backward = backward_args();
+    backward.mean = row_mean;
+    backward.rstd = row_rstd;
+    backward.dx = wanted;
+    CHECK(fastnorm_backward(&rows, &backward, NULL) == FASTNORM_OK);
+    backward.dx = dx;
+    backward.dsum = residual;
+    CHECK(fastnorm_backward(&rows, &backward, NULL) == FASTNORM_OK);
+    for (int at = 0; at < SIZE; at++) right = right && dx[at] == wanted[at] + residual[at];
+    CHECK(right);
 }
 
 /* Ones and their negatives, of which each type holds the values exactly: bits of 1.0 are known. */
@@ -346,6 +420,7 @@ int main(void)
     fill();
     test_errors();
     test_values();
+    test_fusion();
     test_short_types();
     test_options();
     test_threads();

@@ -5,22 +5,42 @@ A backend is a module with three functions:
     supports(dtype) -> None, or the reason why it cannot serve arrays of this type here
 
     forward(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
-            momentum, flags, num_threads)
-    backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads)
+            momentum, flags, num_threads, fused)
+    backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused)
 
 x, y, dy and dx are C-contiguous arrays of one type, y may be x. weight, bias, dweight, dbias
 and the running statistics are C-contiguous arrays of one type, or None. mean, var and rstd are
 contiguous float64 arrays of b*g elements: outputs of a forward, each may be None, and inputs
 of a backward. flags are those of fastnorm.h, and num_threads = 0 means all. With b > 1, running
-statistics move only where mean and var are given. The arguments have been checked.
+statistics move only where mean and var are given. fused says what else is computed in the same
+call; its arrays lie like x. The arguments have been checked.
 """
 
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 NO_MEAN = 1
 GIVEN_STATISTICS = 2
 BIASED_RUNNING_VAR = 4
+
+# fastnorm_activation of fastnorm.h, which has the formulas.
+RELU, LEAKY_RELU, SILU, GELU, GELU_TANH = range(1, 6)
+
+
+class Fused(NamedTuple):
+    """What a call computes beside the normalization, as fastnorm.h has it."""
+
+    activation: int = 0
+    slope: float = 0.0
+    residual: object = None
+    sum: object = None  # forward: receives x + residual, which is then what is normalized
+    bias: object = None  # backward: the forward's, of an activation
+    dresidual: object = None  # backward: receives the residual's gradient, of an activation
+    dsum: object = None  # backward: added to dx
+
+
+NOTHING = Fused()
 
 MODULES = {"native": "native", "numba": "numba_cpu", "reference": "reference"}
 NAMES = tuple(MODULES)

@@ -5,6 +5,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
+from fastnorm.backends import NOTHING
 from fastnorm.dtypes import TABLE
 
 cnp.import_array()
@@ -27,8 +28,8 @@ cdef extern from "fastnorm.h" nogil:
 
     ctypedef struct fastnorm_forward_args:
         size_t struct_size
-        int32_t dtype, param_dtype, flags
-        double eps, momentum
+        int32_t dtype, param_dtype, flags, activation
+        double negative_slope, eps, momentum
         const void* x
         void* y
         const void* weight
@@ -38,10 +39,13 @@ cdef extern from "fastnorm.h" nogil:
         double* mean
         double* var
         double* rstd
+        const void* residual
+        void* sum
 
     ctypedef struct fastnorm_backward_args:
         size_t struct_size
-        int32_t dtype, param_dtype, flags
+        int32_t dtype, param_dtype, flags, activation
+        double negative_slope
         const void* dy
         const void* x
         const void* weight
@@ -50,6 +54,10 @@ cdef extern from "fastnorm.h" nogil:
         void* dx
         void* dweight
         void* dbias
+        const void* bias
+        const void* residual
+        void* dresidual
+        const void* dsum
 
     fastnorm_status fastnorm_forward(
         const fastnorm_geometry*, const fastnorm_forward_args*, const fastnorm_options*)
@@ -165,7 +173,7 @@ cdef void finish(int status) except *:
 
 
 def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_mean,
-            running_var, double momentum, int flags, int num_threads):
+            running_var, double momentum, int flags, int num_threads, fused=NOTHING):
     cdef fastnorm_geometry sizes
     cdef fastnorm_options options
     cdef fastnorm_forward_args args
@@ -188,13 +196,18 @@ def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_m
     args.mean = <double*> data(mean)
     args.var = <double*> data(var)
     args.rstd = <double*> data(rstd)
+    if fused is not NOTHING:
+        args.activation = fused.activation
+        args.negative_slope = fused.slope
+        args.residual = data(fused.residual)
+        args.sum = data(fused.sum)
     with nogil:
         status = fastnorm_forward(&sizes, &args, &options)
     finish(status)
 
 
 def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
-             int num_threads):
+             int num_threads, fused=NOTHING):
     cdef fastnorm_geometry sizes
     cdef fastnorm_options options
     cdef fastnorm_backward_args args
@@ -214,6 +227,13 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
     args.dx = data(dx)
     args.dweight = data(dweight)
     args.dbias = data(dbias)
+    if fused is not NOTHING:
+        args.activation = fused.activation
+        args.negative_slope = fused.slope
+        args.bias = data(fused.bias)
+        args.residual = data(fused.residual)
+        args.dresidual = data(fused.dresidual)
+        args.dsum = data(fused.dsum)
     with nogil:
         status = fastnorm_backward(&sizes, &args, &options)
     finish(status)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
 from fastnorm.backends import numba_columns as columns
+from fastnorm.backends import numba_fused as after
 from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
 from fastnorm.backends.numba_jit import KERNELS, launched
@@ -51,6 +52,11 @@ def _parameter(array, dtype, size, otherwise):
     return _flat(array.astype(dtype, copy=False))
 
 
+def _apart(array, written):
+    """An array that is read after `written` is: a copy where it is the same."""
+    return array.copy() if array is not None and np.shares_memory(array, written) else array
+
+
 def _statistic(array, size):
     return np.empty(size) if array is None else array
 
@@ -83,9 +89,12 @@ def _pieces(n):
 
 def forward(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
-    num_threads,
+    num_threads, fused=NOTHING,
 ):
     sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
+    if fused.sum is not None:
+        x = np.add(x, fused.residual, out=fused.sum)
+    residual = None if fused.sum is not None else _apart(fused.residual, y)
     mean, var, rstd = (_statistic(a, sets) for a in (mean, var, rstd))
     if x.size == 0:
         mean[:] = var[:] = rstd[:] = 0
@@ -127,6 +136,10 @@ def forward(
         else:
             run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
                 streaming)
+        if fused.activation or residual is not None:
+            has_residual = int(residual is not None)
+            run(after.finish, flat[1], _flat(residual) if has_residual else flat[1],
+                fused.activation, fused.slope, has_residual)
     if not given:
         count = geometry.values
         unbiased = 1 if flags & BIASED_RUNNING_VAR else count / max(count - 1, 1)
@@ -158,7 +171,9 @@ def _move(running, found, geometry, momentum):
         running[:] = (1 - momentum) * running.astype(np.float64) + momentum * batch
 
 
-def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads):
+def backward(
+    geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused=NOTHING
+):
     sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
     if x.size == 0:
         for gradient in (dweight, dbias):
@@ -169,6 +184,7 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
     mean = _flat(mean) if has_mean else np.zeros(sets)
     rstd = _flat(rstd)
     weight = _parameter(weight, x.dtype, channels, 1)
+    dsum = _apart(fused.dsum, dx)
     dy, x, dx = (_flat(array) for array in (dy, x, dx))
     sizes = tuple(geometry)
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
@@ -177,6 +193,13 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
         parts = min(-(-geometry.b // ROWS), ROW_PARTS)
     terms = np.empty((2, parts * channels))
     with launched(num_threads, 3 * x.nbytes) as run:
+        if fused.activation:
+            dz = dx if fused.dresidual is None else _flat(fused.dresidual)
+            bias = _parameter(fused.bias, x.dtype, channels, 0)
+            has_residual = int(fused.residual is not None)
+            run(after.take_back, dy, x, _flat(fused.residual) if has_residual else x, weight, bias,
+                dz, mean, rstd, sizes, fused.activation, fused.slope, has_residual)
+            dy = dz
         if _in_columns(geometry):
             cut, tiles = columns.cut_columns(geometry)
             coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
@@ -205,6 +228,8 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
         else:
             run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
                 streaming)
+    if dsum is not None:
+        dx += dsum.reshape(-1)
     for gradient, found in zip((dweight, dbias), terms, strict=True):
         if gradient is not None:
             gradient[...] = found.reshape(parts, channels).sum(axis=0).reshape(gradient.shape)

@@ -3,9 +3,21 @@
 It is the specification, and what runs where nothing faster can. It is not fast.
 """
 
+from math import erf, pi, sqrt
+
 import numpy as np
 
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN
+from fastnorm.backends import (
+    BIASED_RUNNING_VAR,
+    GELU,
+    GELU_TANH,
+    GIVEN_STATISTICS,
+    LEAKY_RELU,
+    NO_MEAN,
+    NOTHING,
+    RELU,
+    SILU,
+)
 from fastnorm.dtypes import TABLE
 
 SET = (1, 3, 4)  # the axes o, k, i that a set's statistics are taken over
@@ -46,8 +58,12 @@ def forward(
     momentum,
     flags,
     num_threads,
+    fused=NOTHING,
 ):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias."""
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)."""
+    if fused.sum is not None:
+        fused.sum[...] = x.astype(np.float64) + fused.residual
+        x = fused.sum
     values = _sets(geometry, x)
     if x.size == 0:
         for statistic in (mean, var, rstd):
@@ -70,6 +86,9 @@ def forward(
         scaled = (values - found_mean) * found_rstd
         scaled *= _parameter(geometry, weight, 1)
         scaled += _parameter(geometry, bias, 0)
+        if fused.residual is not None and fused.sum is None:
+            scaled += _sets(geometry, fused.residual)
+        scaled = _activation(scaled, fused)[0]
         y[...] = scaled.reshape(y.shape)
         for into, found in ((mean, found_mean), (var, found_var), (rstd, found_rstd)):
             if into is not None:
@@ -87,8 +106,34 @@ def _move(running, found, momentum):
         running[:] = (1 - momentum) * running.astype(np.float64) + momentum * batch
 
 
-def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads):
-    """dx = rstd * (gy - mean(gy) - xhat*mean(gy*xhat)), gy = dy*weight."""
+def _gate(z, kind):
+    """Of an activation z*gate(z): gate(z) and its derivative."""
+    if kind == GELU:
+        normal = np.exp(-0.5 * z * z) / sqrt(2 * pi)
+        return 0.5 * (1 + np.vectorize(erf, otypes=[float])(z / sqrt(2))), normal
+    scale, cube = (2 * sqrt(2 / pi), 0.044715) if kind == GELU_TANH else (1, 0)
+    away = np.exp(-np.clip(scale * (z + cube * z * z * z), -709, 709))
+    gate = 1 / (1 + away)  # (1 + tanh(a))/2 is sigmoid(2a), and 1 - sigmoid is away*sigmoid
+    return gate, gate * (away * gate) * scale * (1 + 3 * cube * z * z)
+
+
+def _activation(z, fused):
+    """activation(z) and its derivative."""
+    if fused.activation in (RELU, LEAKY_RELU):
+        slope = fused.slope if fused.activation == LEAKY_RELU else 0.0
+        below = z * slope if slope else 0.0
+        return np.where(z <= 0, below, z), np.where(z <= 0, slope, 1.0)
+    if fused.activation in (SILU, GELU, GELU_TANH):
+        near = np.clip(z, -709, 709)  # or infinities would meet zeros
+        gate, change = _gate(near, fused.activation)
+        return np.maximum(z, -709) * gate, gate + near * change
+    return z, 1.0
+
+
+def backward(
+    geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused=NOTHING
+):
+    """dx = rstd * (gy - mean(gy) - xhat*mean(gy*xhat)), gy = dy*activation'(z)*weight."""
     if x.size == 0:
         for gradient in (dweight, dbias):
             if gradient is not None:
@@ -101,6 +146,13 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
         if not flags & NO_MEAN:
             xhat -= _statistic(geometry, mean)
         xhat *= found_rstd
+        if fused.activation:
+            z = xhat * _parameter(geometry, weight, 1) + _parameter(geometry, fused.bias, 0)
+            if fused.residual is not None:
+                z += _sets(geometry, fused.residual)
+            grad *= _activation(z, fused)[1]
+            if fused.dresidual is not None:
+                fused.dresidual[...] = grad.reshape(x.shape)
         gy = grad * _parameter(geometry, weight, 1)
         result = gy.copy()
         if not flags & GIVEN_STATISTICS:
@@ -111,4 +163,6 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num
         for into, terms in ((dweight, grad * xhat), (dbias, grad)):
             if into is not None:
                 into[...] = np.sum(terms, axis=(0, 1, 4)).reshape(into.shape)
+        if fused.dsum is not None:
+            result += _sets(geometry, fused.dsum)
         dx[...] = result.reshape(dx.shape)

@@ -112,6 +112,16 @@ cdef inline void flush_columns(int64_t width, work* lanes, double* total) noexce
     memset(lanes, 0, width * sizeof(work))
 
 
+cdef void map_fused_rows(const plan* p, int64_t b, int64_t row, int64_t rows, int64_t c,
+                         int64_t n) noexcept nogil:
+    """Columns [c, c + n) of these rows, with a forward's coefficients."""
+    cdef const work* hi = coefficients_of(p, b) + c
+    cdef int64_t at = b * p.task.o * p.channels + row * p.width + c, _r
+    for _r in range(rows):
+        map_fused(p.task, at, n, hi, hi + p.padded, hi + 2 * p.padded, True, NULL, NULL)
+        at += p.width
+
+
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     """A few rows of all columns at a time: memory is read in order, and the sums of the other
     columns wait in the first-level cache."""
@@ -128,6 +138,8 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     memset(s, 0, 2 * p.padded * sizeof(work))
     while row < stop:
         count = minimum(p.step, stop - row)
+        if t.upstream != NULL:
+            map_fused_rows(p, b, row, count, 0, p.width)
         sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about, s, q)
         row += count
         since += count
@@ -136,6 +148,8 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
             flush_columns(p.width, q, total + p.width)
             since = 0
     if tile == p.tiles - 1 and p.rest > 0:
+        if t.upstream != NULL:
+            map_fused_rows(p, b, stop, 1, 0, p.rest)
         sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, s, q)
         flush_columns(p.rest, s, total)
         flush_columns(p.rest, q, total + p.width)
@@ -208,7 +222,13 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef const work* scale = hi + p.padded
     cdef const work* shift = scale + p.padded
     cdef const work* dscale = shift + p.padded
-    if p.width == 4 * WIDTH:
+    cdef bint after = t.dy == NULL and fused(t)
+    if after:
+        while c < p.width:
+            n = minimum(STRIP, p.width - c)
+            map_fused_rows(p, b, row, stop - row, c, n)
+            c += n
+    elif p.width == 4 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 4)
     elif p.width == 3 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 3)
@@ -222,8 +242,11 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         c += n
     if tile == p.tiles - 1 and p.rest > 0:
         at = (b + 1) * t.o * p.channels - p.rest
-        map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                p.rest, hi, scale, shift, dscale, t.stream)
+        if after:
+            map_fused_rows(p, b, p.rows, 1, 0, p.rest)
+        else:
+            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
+                    p.rest, hi, scale, shift, dscale, t.stream)
     if t.stream:
         stream_end()
 
@@ -470,9 +493,20 @@ cdef public void columns_forward(const fn_task* t) noexcept nogil:
 cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef work* hi = coefficients_of(p, b)
-    cdef int64_t c
+    cdef int64_t c, channel, g
+    cdef double scale, lo
     for c in range(c0, c1):
         hi[c] = <work> t.mean[b * t.g + c % p.channels // t.k] if t.has_mean else <work> 0
+    if t.upstream == NULL:
+        return
+    # A forward's coefficients, from what it found, in the places that finish_backward fills.
+    for c in range(c0, c1):
+        channel = c % p.channels
+        g = b * t.g + channel // t.k
+        scale = t.rstd[g] * <double> (<const work*> t.weight)[channel]
+        lo = t.mean[g] - <double> hi[c] if t.has_mean else 0
+        hi[p.padded + c] = <work> scale
+        hi[2 * p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
 
 
 cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:

@@ -34,6 +34,8 @@ const char *fastnorm_status_string(fastnorm_status status)
     case FASTNORM_BAD_LAYOUT: return "not a fastnorm_layout";
     case FASTNORM_BAD_ISA: return "not a fastnorm_isa, or this processor lacks it";
     case FASTNORM_BAD_FLAGS: return "unknown flags, or flags that exclude each other";
+    case FASTNORM_BAD_ACTIVATION: return "not a fastnorm_activation, or negative_slope is not finite";
+    case FASTNORM_BAD_FUSION: return "sum, dsum or dresidual where this call has no use for it";
     case FASTNORM_NEGATIVE_SIZE: return "a size is negative";
     case FASTNORM_SIZE_OVERFLOW: return "the array would not fit the address space";
     case FASTNORM_NOT_DIVISIBLE: return "channels are not a multiple of groups";
@@ -98,6 +100,7 @@ static fastnorm_status load_options(const fastnorm_options *given, fastnorm_opti
 typedef struct span {
     const void *start;
     size_t bytes;
+    unsigned twins; /* of an output: bit n allows span n to be the same */
 } span;
 
 static int overlap(span a, span b)
@@ -107,14 +110,12 @@ static int overlap(span a, span b)
            from_b < from_a + a.bytes;
 }
 
-/* No span among the first `outputs` overlaps another one. The first may be the same as any of
- * the `twins` spans that follow the outputs. */
-static fastnorm_status check_overlap(const span *spans, int outputs, int twins, int count)
+/* No span among the first `outputs` overlaps another one, but for its twins. */
+static fastnorm_status check_overlap(const span *spans, int outputs, int count)
 {
     for (int a = 0; a < outputs; a++)
         for (int b = a + 1; b < count; b++) {
-            int twin = a == 0 && b >= outputs && b < outputs + twins;
-            if (twin && spans[a].start == spans[b].start) continue;
+            if (spans[a].twins >> b & 1 && spans[a].start == spans[b].start) continue;
             if (overlap(spans[a], spans[b])) return FASTNORM_OVERLAP;
         }
     return FASTNORM_OK;
@@ -199,8 +200,9 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     size_t traffic = bytes * (task->dy ? 3 : 2);
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
-    task->stream = task->y != task->x && task->y != task->dy &&
-                   traffic > (size_t)fn_last_level_bytes();
+    task->stream = task->y != task->x && task->y != task->dy && task->y != task->residual &&
+                   task->y != task->dsum && task->y != task->terms[0] &&
+                   task->y != task->terms[1] && traffic > (size_t)fn_last_level_bytes();
     task->parallel_for = options->parallel_for;
     task->user = options->parallel_for_user;
 }
@@ -307,6 +309,14 @@ static void zero(double *array, int64_t n)
     if (array && n) memset(array, 0, (size_t)n * sizeof *array);
 }
 
+static fastnorm_status check_activation(int32_t activation, double negative_slope)
+{
+    if (activation < FASTNORM_NO_ACTIVATION || activation > FASTNORM_GELU_TANH ||
+        !isfinite(negative_slope))
+        return FASTNORM_BAD_ACTIVATION;
+    return FASTNORM_OK;
+}
+
 static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_forward_args *a,
                                      const fastnorm_options *options, int32_t params)
 {
@@ -320,6 +330,8 @@ static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_
         return FASTNORM_BAD_FLAGS;
     if (given && (s->b != 1 || a->flags & FASTNORM_NO_MEAN)) return FASTNORM_BAD_FLAGS;
     if (!isfinite(a->eps) || !isfinite(a->momentum)) return FASTNORM_BAD_EPS;
+    TRY(check_activation(a->activation, a->negative_slope));
+    if (a->sum && (!a->residual || given || s->o != 1 || s->i != 1)) return FASTNORM_BAD_FUSION;
     if (bytes && (!a->x || !a->y)) return FASTNORM_NULL_POINTER;
     if (given && s->g && (!a->running_mean || !a->running_var)) return FASTNORM_NULL_POINTER;
     if (!given && s->b > 1 && bytes &&
@@ -329,19 +341,23 @@ static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_
         !(a->flags & FASTNORM_BIASED_RUNNING_VAR))
         return FASTNORM_TOO_FEW_VALUES;
     {
-        const span moved[] = {{a->y, bytes},
-                              {a->mean, sets * sizeof(double)},
-                              {a->var, sets * sizeof(double)},
-                              {a->rstd, sets * sizeof(double)},
-                              {options->workspace, options->workspace_size},
-                              {given ? NULL : a->running_mean, running},
-                              {given ? NULL : a->running_var, running},
-                              {a->x, bytes},
-                              {a->weight, channels},
-                              {a->bias, channels},
-                              {given ? a->running_mean : NULL, running},
-                              {given ? a->running_var : NULL, running}};
-        return check_overlap(moved, 7, 1, 12);
+        enum { OUTPUTS = 8, X = OUTPUTS, RESIDUAL, COUNT = OUTPUTS + 6 };
+        const unsigned elementwise = 1u << X | 1u << RESIDUAL;
+        const span moved[COUNT] = {{a->y, bytes, elementwise},
+                                   {a->sum, bytes, elementwise},
+                                   {a->mean, sets * sizeof(double), 0},
+                                   {a->var, sets * sizeof(double), 0},
+                                   {a->rstd, sets * sizeof(double), 0},
+                                   {options->workspace, options->workspace_size, 0},
+                                   {given ? NULL : a->running_mean, running, 0},
+                                   {given ? NULL : a->running_var, running, 0},
+                                   {a->x, bytes, 0},
+                                   {a->residual, bytes, 0},
+                                   {a->weight, channels, 0},
+                                   {a->bias, channels, 0},
+                                   {given ? a->running_mean : NULL, running, 0},
+                                   {given ? a->running_var : NULL, running, 0}};
+        return check_overlap(moved, OUTPUTS, COUNT);
     }
 }
 
@@ -394,8 +410,16 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     lay_out(&from, &task, args->dtype, kernels, &part);
     task.has_mean = !(args->flags & FASTNORM_NO_MEAN);
     task.given = (args->flags & FASTNORM_GIVEN_STATISTICS) != 0;
-    task.x = args->x;
+    task.x = args->sum ? args->sum : args->x;
     task.y = args->y;
+    task.activation = args->activation;
+    task.slope = args->negative_slope;
+    if (args->sum) {
+        task.terms[0] = args->x;
+        task.terms[1] = args->residual;
+    } else {
+        task.residual = args->residual;
+    }
     task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
                              geometry);
     task.bias = parameters(args->bias, params, 0, part.bias, work_dtype(args->dtype), geometry);
@@ -439,19 +463,30 @@ static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm
     const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
     if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
     if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS)) return FASTNORM_BAD_FLAGS;
+    TRY(check_activation(a->activation, a->negative_slope));
+    if (a->dsum && (s->o != 1 || s->i != 1)) return FASTNORM_BAD_FUSION;
+    if (a->dresidual && !a->activation) return FASTNORM_BAD_FUSION;
     if (bytes && (!a->dy || !a->x || !a->dx || !a->rstd)) return FASTNORM_NULL_POINTER;
     if (bytes && !a->mean && !(a->flags & FASTNORM_NO_MEAN)) return FASTNORM_NULL_POINTER;
     {
-        const span moved[] = {{a->dx, bytes},
-                              {a->dweight, channels},
-                              {a->dbias, channels},
-                              {options->workspace, options->workspace_size},
-                              {a->dy, bytes},
-                              {a->x, bytes},
-                              {a->weight, channels},
-                              {a->mean, sets * sizeof(double)},
-                              {a->rstd, sets * sizeof(double)}};
-        return check_overlap(moved, 4, 2, 9);
+        enum { OUTPUTS = 5, DY = OUTPUTS, X, RESIDUAL, DSUM, COUNT = OUTPUTS + 8 };
+        const int active = a->activation != FASTNORM_NO_ACTIVATION;
+        const unsigned elementwise = 1u << DY | 1u << RESIDUAL;
+        const span moved[COUNT] = {
+            {a->dx, bytes, elementwise | (!active || a->dresidual ? 1u << X | 1u << DSUM : 0)},
+            {a->dresidual, bytes, elementwise},
+            {a->dweight, channels, 0},
+            {a->dbias, channels, 0},
+            {options->workspace, options->workspace_size, 0},
+            {a->dy, bytes, 0},
+            {a->x, bytes, 0},
+            {active ? a->residual : NULL, bytes, 0},
+            {a->dsum, bytes, 0},
+            {a->weight, channels, 0},
+            {active ? a->bias : NULL, channels, 0},
+            {a->mean, sets * sizeof(double), 0},
+            {a->rstd, sets * sizeof(double), 0}};
+        return check_overlap(moved, OUTPUTS, COUNT);
     }
 }
 
@@ -490,6 +525,16 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.y = args->dx;
     task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
                              geometry);
+    task.bias = parameters(args->activation ? args->bias : NULL, params, 0, part.bias,
+                           work_dtype(args->dtype), geometry);
+    task.dsum = args->dsum;
+    if (args->activation) {
+        task.activation = args->activation;
+        task.slope = args->negative_slope;
+        task.residual = args->residual;
+        task.upstream = args->dy;
+        task.dy = args->dresidual ? args->dresidual : args->dx;
+    }
     task.mean = (double *)args->mean; /* a backward only reads them */
     task.rstd = (double *)args->rstd;
     task.dweight = part.dweight;

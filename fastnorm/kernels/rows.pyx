@@ -171,11 +171,35 @@ cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work a
         t.rstd[set_] = rstd[0]
 
 
-cdef inline void scale_elements(const stored* x, stored* y, const work* weight, const work* bias,
-                                int64_t n, work hi, work scale, work shift, bint streaming,
-                                int64_t ahead) noexcept nogil:
-    """map_run with a weight and a bias for each place after it."""
-    map_places(x, NULL, y, n, &hi, &scale, &shift, NULL, False, weight, bias, streaming, ahead)
+cdef struct affine:
+    # y = (x - hi)*scale + shift
+    work hi
+    work scale
+    work shift
+
+
+cdef inline affine affine_of(const fn_task* t, int64_t channel, double mean,
+                             double rstd) noexcept nogil:
+    cdef affine c
+    cdef double scale = rstd * <double> (<const work*> t.weight)[channel]
+    c.hi = <work> mean
+    c.scale = <work> scale
+    c.shift = <work> (<double> (<const work*> t.bias)[channel] - (mean - <double> c.hi) * scale)
+    return c
+
+
+cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int64_t n,
+                              double mean, double rstd, int64_t ahead) noexcept nogil:
+    """Normalize n values with a weight and a bias for each, the first of them `channel`'s."""
+    cdef const work* weight = <const work*> t.weight + channel
+    cdef const work* bias = <const work*> t.bias + channel
+    cdef work hi = <work> mean, scale = <work> rstd
+    cdef work shift = <work> (-(mean - <double> hi) * rstd)
+    if fused(t):
+        map_fused(t, at, n, &hi, &scale, &shift, False, weight, bias)
+    else:
+        map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL,
+                   False, weight, bias, t.stream, ahead)
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
@@ -183,22 +207,19 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
     """Normalize the places [p0, p1) of run r of a set."""
     cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop
     cdef int64_t channel = set_ % t.g * t.k
-    cdef const work* weight = <const work*> t.weight + channel
-    cdef const work* bias = <const work*> t.bias + channel
     cdef const stored* x = <const stored*> t.x + start
     cdef stored* y = <stored*> t.y + start
-    cdef work hi = <work> mean
-    cdef double lo = mean - <double> hi, scale
+    cdef affine c
     if t.i == 1:
-        scale_elements(x + p0, y + p0, weight + p0, bias + p0, p1 - p0, hi, <work> rstd,
-                       <work> (-lo * rstd), t.stream, ahead)
+        map_elements(t, start + p0, channel + p0, p1 - p0, mean, rstd, ahead)
         return
     while at < p1:
-        channel = at // t.i
-        stop = minimum(p1, (channel + 1) * t.i)
-        scale = rstd * <double> weight[channel]
-        map_run(x + at, NULL, y + at, stop - at, hi, <work> scale,
-                <work> (<double> bias[channel] - lo * scale), 0, t.stream, ahead)
+        stop = minimum(p1, (at // t.i + 1) * t.i)
+        c = affine_of(t, channel + at // t.i, mean, rstd)
+        if fused(t):
+            map_fused(t, start + at, stop - at, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+        else:
+            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, t.stream, ahead)
         at = stop
 
 
@@ -210,12 +231,6 @@ cdef inline void fetch_group(const plan* p, const void* x, int64_t first,
                    sets * p.task.k * p.task.i)
 
 
-cdef struct affine:
-    work hi
-    work scale
-    work shift
-
-
 cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const double* mean,
                            const double* rstd, int64_t ahead) noexcept nogil:
     """map_piece for neighbouring sets of one channel each, in memory order."""
@@ -224,18 +239,17 @@ cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const dou
     cdef int64_t s, r, at = set_start(t, first)
     cdef const stored* x
     cdef stored* y
-    cdef double scale
     for s in range(sets):
-        c[s].hi = <work> mean[s]
-        scale = rstd[s] * <double> (<const work*> t.weight)[(first + s) % t.g]
-        c[s].scale = <work> scale
-        c[s].shift = <work> (<double> (<const work*> t.bias)[(first + s) % t.g]
-                             - (mean[s] - <double> c[s].hi) * scale)
+        c[s] = affine_of(t, (first + s) % t.g, mean[s], rstd[s])
     for r in range(t.o):
         x = <const stored*> t.x + at + r * p.stride
         y = <stored*> t.y + at + r * p.stride
         for s in range(sets):
-            map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
+            if fused(t):
+                map_fused(t, at + r * p.stride + s * p.n, p.n, &c[s].hi, &c[s].scale, &c[s].shift,
+                          False, NULL, NULL)
+            else:
+                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
             x += p.n
             y += p.n
 
@@ -287,12 +301,12 @@ cdef void forward_elements(void* context, int64_t index) noexcept nogil:
     cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), r, rows, g
     cdef int64_t group = minimum(4, t.l2 // 4 // (t.k * <int64_t> sizeof(stored))), ahead, k, n
     cdef const stored* x = <const stored*> t.x + set_ * t.k
-    cdef stored* y = <stored*> t.y + set_ * t.k
-    cdef work hi
     group = maximum(1, minimum(ROWS, maximum(group, ELEMENTS // t.k)))
     while set_ < end:
         rows = minimum(group, end - set_)
         for r in range(rows):
+            if t.terms[0] != NULL:
+                add_terms(t, (set_ + r) * t.k, t.k)
             about[r] = spread_sample(x + r * t.k, 1, 0, t.k) if t.has_mean else <work> 0
             sums[2 * r] = sums[2 * r + 1] = 0
             sum_runs(x + r * t.k, NULL, NULL, 1, 0, t.k, about[r], sums + 2 * r)
@@ -317,13 +331,9 @@ cdef void forward_elements(void* context, int64_t index) noexcept nogil:
             n = minimum(STRIP, t.k - k)
             for r in range(rows):
                 g = (set_ + r) % t.g * t.k + k if t.g > 1 else k
-                hi = <work> mean[r]
-                scale_elements(x + r * t.k + k, y + r * t.k + k, <const work*> t.weight + g,
-                               <const work*> t.bias + g, n, hi, <work> var[r],
-                               <work> (-(mean[r] - <double> hi) * var[r]), t.stream, ahead)
+                map_elements(t, (set_ + r) * t.k + k, g, n, mean[r], var[r], ahead)
             k += n
         x += rows * t.k
-        y += rows * t.k
         set_ += rows
     if t.stream:
         stream_end()
@@ -388,8 +398,11 @@ cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, const slab* 
     cdef const fn_task* t = p.task
     cdef int64_t _r
     for _r in range(t.o):
-        map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                sets * p.n, w.hi, w.s, w.q, w.d, t.stream)
+        if t.dy == NULL and fused(t):
+            map_fused(t, at, sets * p.n, w.hi, w.s, w.q, True, NULL, NULL)
+        else:
+            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
+                    sets * p.n, w.hi, w.s, w.q, w.d, t.stream)
         at += p.stride
     if t.stream:
         stream_end()
@@ -400,9 +413,10 @@ cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef slab w
+    cdef affine c
     cdef work about[BLOCK]
     cdef double sums[2 * BLOCK]
-    cdef double mean, rstd, scale
+    cdef double mean, rstd
     cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
     cdef const stored* x
     while first < end:
@@ -419,11 +433,10 @@ cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
                 rstd = p.partial[first + s]
             else:
                 finish_set(p, first + s, x + s * p.n, about[s], sums + 2 * s, &mean, &rstd)
-            scale = rstd * <double> (<const work*> t.weight)[first + s]
-            fill(w.hi + s * p.n, p.n, <work> mean)
-            fill(w.s + s * p.n, p.n, <work> scale)
-            fill(w.q + s * p.n, p.n, <work> (<double> (<const work*> t.bias)[first + s]
-                                             - (mean - <double> (<work> mean)) * scale))
+            c = affine_of(t, first + s, mean, rstd)
+            fill(w.hi + s * p.n, p.n, c.hi)
+            fill(w.s + s * p.n, p.n, c.scale)
+            fill(w.q + s * p.n, p.n, c.shift)
         map_slabs(p, first * p.n, sets, &w)
         first += sets
 
@@ -460,6 +473,13 @@ cdef void given_tile(void* context, int64_t index) noexcept nogil:
         stream_end()
 
 
+cdef void add_tile(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t r0, r1, p0, p1
+    tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
+    add_terms(p.task, set_start(p.task, index // p.tiles) + p0, p1 - p0)
+
+
 cdef public void rows_forward(const fn_task* t) noexcept nogil:
     cdef plan p
     cdef int64_t set_, tile
@@ -475,6 +495,8 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
     elif t.given:
         fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p, False)
     elif few_and_large(&p):
+        if t.terms[0] != NULL:
+            fn_parallel_for(t, p.sets * p.tiles, add_tile, &p, False)
         fn_parallel_for(t, p.sets * p.tiles, forward_tile_sums, &p, False)
         for set_ in range(p.sets):
             sums[0] = sums[1] = 0
@@ -523,11 +545,24 @@ cdef inline void finish_terms(const fn_task* t, double gy, double gyd, terms* c)
     c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
 
 
+cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at, int64_t runs,
+                             int64_t n) noexcept nogil:
+    """dy of some runs of a channel, from `at` on, taken back through the activation."""
+    cdef const fn_task* t = p.task
+    cdef affine c
+    cdef int64_t r
+    c = affine_of(t, set_ % t.g * t.k + k, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+    for r in range(runs):
+        map_fused(t, at + r * p.stride, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+
+
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
                              double* sums) noexcept nogil:
     cdef int64_t r0, r1, p0, p1, at
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
+    if p.task.upstream != NULL:
+        deactivate_channel(p, set_, k, at, r1 - r0, p1 - p0)
     sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0, p.stride,
              p1 - p0, hi, sums)
 
@@ -598,6 +633,7 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef slab w
+    cdef affine z
     cdef terms c[BLOCK]
     cdef double sums[2 * BLOCK]
     cdef double over_set[2]
@@ -607,6 +643,15 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
         for s in range(sets):
             start_terms(t, first + s, &c[s])
             fill(w.hi + s * p.n, p.n, c[s].hi)
+        if t.upstream != NULL:
+            for s in range(sets):
+                z = affine_of(t, first + s, t.mean[first + s] if t.has_mean else 0,
+                              t.rstd[first + s])
+                fill(w.s + s * p.n, p.n, z.scale)
+                fill(w.q + s * p.n, p.n, z.shift)
+            for s in range(t.o):
+                map_fused(t, first * p.n + s * p.stride, sets * p.n, w.hi, w.s, w.q, True, NULL,
+                          NULL)
         sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
                   &w, sums)
         for s in range(sets):
@@ -622,9 +667,9 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
 
 
 cdef inline void backward_vec(
-    const stored* x, const stored* dy, stored* y, int64_t stride, int64_t n, const work* weight,
-    const vec* hi, const vec* rstd, const vec* offset, const vec* scale, const vec* shift,
-    work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows
+    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t n,
+    const work* weight, const vec* hi, const vec* rstd, const vec* offset, const vec* scale,
+    const vec* shift, work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows
 ) noexcept nogil:
     """One vec of columns of one or two rows, or a tail of n."""
     cdef vec d, u
@@ -645,6 +690,8 @@ cdef inline void backward_vec(
         a = a + u * (d * rstd[r] + offset[r])
         b = b + u
         d = d * scale[r] + shift[r] + u * w * rstd[r]
+        if dsum != NULL:
+            d = d + (load(dsum + r * stride) if n == WIDTH else load_part(dsum + r * stride, n, 0))
         if n == WIDTH:
             put(y + r * stride, d, streaming)
         else:
@@ -654,8 +701,9 @@ cdef inline void backward_vec(
 
 
 cdef inline void backward_rows(
-    const stored* x, const stored* dy, stored* y, int64_t stride, int64_t n, const work* weight,
-    const terms* c, work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows
+    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t n,
+    const work* weight, const terms* c, work* sum_w, work* sum_b, bint streaming, int64_t ahead,
+    int rows
 ) noexcept nogil:
     """dx of n columns of one or two rows; dweight and dbias onto sum_w and sum_b, which have room
     for whole vectors."""
@@ -673,12 +721,12 @@ cdef inline void backward_rows(
         scale[r] = splat(c[r].scale)
         shift[r] = splat(c[r].shift)
     while p + WIDTH <= n:
-        backward_vec(x + p, dy + p, y + p, stride, WIDTH, weight + p, hi, rstd, offset, scale,
-                     shift, sum_w + p, sum_b + p, streaming, ahead, rows)
+        backward_vec(x + p, dy + p, past(dsum, p), y + p, stride, WIDTH, weight + p, hi, rstd,
+                     offset, scale, shift, sum_w + p, sum_b + p, streaming, ahead, rows)
         p += WIDTH
     if p < n:
-        backward_vec(x + p, dy + p, y + p, stride, n - p, weight + p, hi, rstd, offset, scale,
-                     shift, sum_w + p, sum_b + p, False, ahead, rows)
+        backward_vec(x + p, dy + p, past(dsum, p), y + p, stride, n - p, weight + p, hi, rstd,
+                     offset, scale, shift, sum_w + p, sum_b + p, False, ahead, rows)
 
 
 cdef void backward_elements(void* context, int64_t index) noexcept nogil:
@@ -696,9 +744,11 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
     cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k))
     cdef const stored* x = <const stored*> t.x
     cdef const stored* dy = <const stored*> t.dy
+    cdef const stored* dsum = <const stored*> t.dsum
     cdef stored* y = <stored*> t.y
     cdef const work* weight = <const work*> t.weight + g * t.k
     cdef double* dweight = p.partial + 2 * b_tile * size + g * t.k
+    cdef work rstd
     cdef bint stream = (t.stream and until_aligned(y) == 0
                         and t.k * <int64_t> sizeof(stored) % 64 == 0)
     b = b_tile * t.b // p.b_tiles
@@ -707,6 +757,10 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
         for r in range(rows):
             at = (b + r) * size + g * t.k
             start_terms(t, (b + r) * t.g + g, &c[r])
+            if t.upstream != NULL:
+                rstd = <work> c[r].rstd
+                map_fused(t, at, t.k, &c[r].hi, &rstd, &c[r].offset, False, weight,
+                          <const work*> t.bias + g * t.k)
             sums[0] = sums[1] = 0
             sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
             finish_terms(t, sums[0], sums[1], &c[r])
@@ -718,12 +772,12 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
             memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
             at = b * size + g * t.k + k
             for r in range(0, rows - 1, 2):
-                backward_rows(x + at, dy + at, y + at, size, n, weight + k, c + r, sum_w, sum_b,
-                              stream, ahead, 2)
+                backward_rows(x + at, dy + at, past(dsum, at), y + at, size, n, weight + k, c + r,
+                              sum_w, sum_b, stream, ahead, 2)
                 at += 2 * size
             if rows % 2 == 1:
-                backward_rows(x + at, dy + at, y + at, size, n, weight + k, c + rows - 1, sum_w,
-                              sum_b, stream, ahead, 1)
+                backward_rows(x + at, dy + at, past(dsum, at), y + at, size, n, weight + k,
+                              c + rows - 1, sum_w, sum_b, stream, ahead, 1)
             for j in range(n):
                 dweight[k + j] += <double> sum_w[j]
                 dweight[size + k + j] += <double> sum_b[j]

@@ -37,8 +37,10 @@ static fastnorm_status forward(fastnorm_geometry geometry, fastnorm_dtype dtype,
                                const void *weight, const void *bias, double eps, void *y,
                                double *mean, double *rstd, const fastnorm_options *options)
 {
-    fastnorm_forward_args args = {sizeof args, dtype, dtype, flags, 0, eps, 0, x, y, weight, bias,
-                                  (void *)running_mean, (void *)running_var, mean, NULL, rstd};
+    fastnorm_forward_args args = {.struct_size = sizeof args, .dtype = dtype, .flags = flags,
+                                  .eps = eps, .x = x, .y = y, .weight = weight, .bias = bias,
+                                  .running_mean = (void *)running_mean,
+                                  .running_var = (void *)running_var, .mean = mean, .rstd = rstd};
     return fastnorm_forward(&geometry, &args, options);
 }
 
@@ -47,8 +49,9 @@ static fastnorm_status backward(fastnorm_geometry geometry, fastnorm_dtype dtype
                                 const double *mean, const double *rstd, void *dx, void *dweight,
                                 void *dbias, const fastnorm_options *options)
 {
-    fastnorm_backward_args args = {sizeof args, dtype, dtype, flags, 0, dy, x, weight, mean, rstd,
-                                   dx, dweight, dbias};
+    fastnorm_backward_args args = {.struct_size = sizeof args, .dtype = dtype, .flags = flags,
+                                   .dy = dy, .x = x, .weight = weight, .mean = mean, .rstd = rstd,
+                                   .dx = dx, .dweight = dweight, .dbias = dbias};
     return fastnorm_backward(&geometry, &args, options);
 }
 

@@ -17,6 +17,16 @@ typedef struct fn_task {
     void *y;        /* dx in a backward */
     const void *weight; /* [g][k] in the working type, never NULL */
     const void *bias;
+    /* y = activation(affine(x) + residual). A backward turns `upstream`, the caller's dy, into what
+     * it is in front of the activation, and puts it at dy (the residual's gradient, or dx for the
+     * time being); NULL where there is no activation. */
+    int32_t activation;
+    double slope;
+    const void *residual;
+    const void *upstream;
+    /* Rows only. A forward adds these two and puts the sums at x; or dx gets dsum added. */
+    const void *terms[2];
+    const void *dsum;
     double eps;
     double *mean; /* [b][g]; forward: outputs, each may be NULL. Backward: inputs */
     double *var;

@@ -351,5 +351,12 @@ static inline int64_t until_aligned(const stored *y)
 #define columns_forward FN_PASTE(columns_forward, FN_DTYPE, FN_LEVEL)
 #define columns_backward FN_PASTE(columns_backward, FN_DTYPE, FN_LEVEL)
 #define columns_scratch FN_PASTE(columns_scratch, FN_DTYPE, FN_LEVEL)
+#define map_fused FN_PASTE(map_fused, FN_DTYPE, FN_LEVEL)
+#define add_terms FN_PASTE(add_terms, FN_DTYPE, FN_LEVEL)
+
+/* fused.pyx */
+void map_fused(const fn_task *task, int64_t at, int64_t n, const work *hi, const work *scale,
+               const work *shift, int each, const work *weight, const work *bias);
+void add_terms(const fn_task *task, int64_t at, int64_t n);
 
 #endif

@@ -46,6 +46,12 @@ cdef extern from "words.h" nogil:
         void* y
         const void* weight
         const void* bias
+        int activation
+        double slope
+        const void* residual
+        const void* upstream
+        const void* terms[2]
+        const void* dsum
         double eps
         double* mean
         double* var
@@ -55,6 +61,11 @@ cdef extern from "words.h" nogil:
         void* scratch
         int64_t l2
         int threads
+
+    # Of fused.pyx.
+    void map_fused(const fn_task* task, int64_t at, int64_t n, const work* hi, const work* scale,
+                   const work* shift, bint each, const work* weight, const work* bias)
+    void add_terms(const fn_task* task, int64_t at, int64_t n)
 
     ctypedef void (*fn_body)(void* context, int64_t index) noexcept nogil
     void fn_parallel_for(const fn_task* task, int64_t n, fn_body body, void* context,
@@ -82,6 +93,11 @@ cdef inline int64_t maximum(int64_t a, int64_t b) noexcept nogil:
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
     return (a + b - 1) // b
+
+
+cdef inline bint fused(const fn_task* t) noexcept nogil:
+    """Whether a forward's map is map_fused."""
+    return t.activation != 0 or t.residual != NULL
 
 
 cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
