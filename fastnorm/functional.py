@@ -30,7 +30,7 @@ dtype; where there is no residual whose gradient it is, out holds it for a while
 import numpy as np
 
 from fastnorm import backends, config, geometry, on_device
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING, Fused
 from fastnorm.checks import (
     channels_first,
     check_channels,
@@ -88,14 +88,20 @@ def _forward(
         )
     engine = config.choose(name, backend, x.dtype)
     parameters = (weight, bias, *running)
-    total = None
-    if fused is NOTHING and _plain(x, out, parameters):
+    total, residual = None, fused.residual
+    if _plain(x, out, parameters, (residual,)) and (
+        out_sum is None or _plain(x, out_sum, (*parameters, out), (residual,))
+    ):
         view, first, is_out = x, channel_order, out is not None
         y = out if is_out else np.empty(x.shape, x.dtype)
+        if with_sum and residual is not None:
+            is_out_sum = out_sum is not None
+            total = out_sum if is_out_sum else np.empty(x.shape, x.dtype)
+            fused = Fused(fused.activation, fused.slope, residual, total)
     else:
         names = ("weight", "bias", "running_mean", "running_var")
         others = tuple(zip(names, parameters, strict=True))
-        same = (("x", x), ("residual", fused.residual))
+        same = (("x", x), ("residual", residual))
         if out is not None:
             check_out(name, out, x, same, others)
         if out_sum is not None:
@@ -103,11 +109,11 @@ def _forward(
         view, first = geometry.as_it_lies(x, channel_order)
         y, is_out = _place(view, first, out, channel_order)
         parameters = _in_one_type(*parameters)
-        if fused.residual is not None:
-            fused = fused._replace(residual=_laid(fused.residual, channel_order, first))
+        if residual is not None:
             if with_sum:
                 total, is_out_sum = _place(view, first, out_sum, channel_order)
-                fused = fused._replace(sum=total)
+            residual = _laid(residual, channel_order, first)
+            fused = Fused(fused.activation, fused.slope, residual, total)
     sizes = shape_of(view.shape, first)
     mean = var = rstd = None
     moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
@@ -171,7 +177,11 @@ def _backward(
         )
     engine = config.choose(name, backend, x.dtype)
     mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
-    plain = fused is NOTHING and out_residual is None and _plain(x, out, (weight,), dy)
+    # dz is written before dx is: into the residual's gradient, or in the place of dx.
+    early = (x, fused.dsum) if fused.activation and fused.residual is None else ()
+    plain = fused.residual is None and out_residual is None and _plain(
+        x, out, (weight, fused.bias, *early), (dy, fused.dsum)
+    )
     if not plain:
         _check_gradients_out(name, dy, x, weight, out, out_residual, fused)
     if getattr(stats, "given", False):

@@ -112,16 +112,14 @@ cdef inline bint apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     return first + cnp.PyArray_NBYTES(a) <= second or second + cnp.PyArray_NBYTES(b) <= first
 
 
-def plain(cnp.ndarray x, out, tuple parameters, dy=None):
+def plain(cnp.ndarray x, out, tuple parameters, tuple beside=()):
     """Whether all arrays are contiguous, aligned and of one type, and `out`, where there is one,
-    has x's shape, is writable and shares no memory but with the whole of x or dy. A quick yes:
-    no means that the checks of functional.py must look closer."""
+    has x's shape, is writable and shares no memory but with the whole of x or of an array beside
+    it, which have x's shape. A quick yes: no means that functional.py must look closer."""
     cdef int kind = cnp.PyArray_TYPE(x), axis
     if kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64) or not simple(x, kind):
         return False
-    if dy is not None and not simple(dy, kind):
-        return False
-    for array in parameters:
+    for array in parameters + beside:
         if array is not None and not simple(array, kind):
             return False
     if out is None:
@@ -132,7 +130,9 @@ def plain(cnp.ndarray x, out, tuple parameters, dy=None):
     for axis in range(cnp.PyArray_NDIM(x)):
         if cnp.PyArray_DIM(<cnp.ndarray> out, axis) != cnp.PyArray_DIM(x, axis):
             return False
-    for array in (x, dy):
+    if data(out) != data(x) and not apart(<cnp.ndarray> out, x):
+        return False
+    for array in beside:
         if (array is not None and data(out) != data(array)
                 and not apart(<cnp.ndarray> out, <cnp.ndarray> array)):
             return False

@@ -197,7 +197,9 @@ fastnorm_status fastnorm_workspace_size(const fastnorm_geometry *geometry, fastn
 static void choose_threads_and_stores(fn_task *task, const fastnorm_options *options, size_t size)
 {
     size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i) * size;
-    size_t traffic = bytes * (task->dy ? 3 : 2);
+    size_t arrays = (task->dy ? 3 : 2) + (task->residual ? 1 : 0) + (task->terms[0] ? 2 : 0) +
+                    (task->dsum ? 1 : 0) + (task->upstream && task->dy != task->y ? 1 : 0);
+    size_t traffic = bytes * arrays;
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
     task->stream = task->y != task->x && task->y != task->dy && task->y != task->residual &&

@@ -17,10 +17,11 @@ from fastnorm.kernels.words cimport (
 
 cdef extern from "activation.h" nogil:
     enum:
+        TOGETHER
         FASTNORM_NO_ACTIVATION
         FASTNORM_RELU
-    vec activated(vec z, int kind, work slope)
-    vec deactivated(vec dy, vec z, int kind, work slope)
+    void activate(vec* z, int kind, work slope)
+    void deactivate(vec* z, const vec* dy, int kind, work slope)
 
 
 cdef inline vec affine(
@@ -54,49 +55,56 @@ cdef inline vec affine(
     return z
 
 
+cdef inline int64_t map_step(
+    const fn_task* t, int64_t at, int64_t p, int64_t n, const work* hi, const work* scale,
+    const work* shift, bint each, const work* weight, const work* bias, bint residual, int kind,
+    bint streaming, bint whole
+) noexcept nogil:
+    """Places [p, n), at most TOGETHER vectors, which are `whole` and then may be streamed. All are
+    loaded before the first is stored, as in map_places. Returns where the next step begins."""
+    cdef const stored* dy = past(<const stored*> t.upstream, at + p)
+    cdef stored* y = (<stored*> t.y if dy == NULL else <stored*> t.dy) + at + p
+    cdef vec z[TOGETHER]
+    cdef vec u[TOGETHER]
+    cdef int64_t count
+    cdef int v
+    for v in range(TOGETHER):
+        count = WIDTH if whole else minimum(WIDTH, n - p - v * WIDTH)
+        if count > 0:
+            z[v] = affine(t, at, p + v * WIDTH, count, hi, scale, shift, each, weight, bias,
+                          residual)
+            if dy != NULL:
+                u[v] = load(dy + v * WIDTH) if whole else load_part(dy + v * WIDTH, count, 0)
+        else:
+            z[v] = u[v] = splat(0)
+    if dy == NULL:
+        activate(z, kind, <work> t.slope)
+    else:
+        deactivate(z, u, kind, <work> t.slope)
+    for v in range(TOGETHER):
+        count = WIDTH if whole else minimum(WIDTH, n - p - v * WIDTH)
+        if whole:
+            put(y + v * WIDTH, z[v], streaming)
+        elif count > 0:
+            store_part(y + v * WIDTH, count, z[v])
+    return minimum(n, p + TOGETHER * WIDTH)
+
+
 cdef inline void map_with(
     const fn_task* t, int64_t at, int64_t n, const work* hi, const work* scale,
     const work* shift, bint each, const work* weight, const work* bias, bint residual, int kind
 ) noexcept nogil:
-    cdef const stored* dy = past(<const stored*> t.upstream, at)
-    cdef stored* y = (<stored*> t.y if dy == NULL else <stored*> t.dy) + at
-    cdef work slope = <work> t.slope
-    cdef bint streaming = t.stream and dy == NULL
-    cdef int64_t p = 0, part = head(y, n, &streaming), step
-    cdef vec z[BATCH]
-    cdef int v
+    cdef bint streaming = t.stream and t.upstream == NULL
+    cdef int64_t p = 0, whole = head(<const stored*> t.y + at, n, &streaming)
     while p < n:
-        if part == 0:
-            while p + BATCH * WIDTH <= n:
-                for v in range(BATCH):
-                    z[v] = affine(t, at, p + v * WIDTH, WIDTH, hi, scale, shift, each, weight, bias,
-                                  residual)
-                    if dy == NULL:
-                        z[v] = activated(z[v], kind, slope)
-                    else:
-                        z[v] = deactivated(load(dy + p + v * WIDTH), z[v], kind, slope)
-                for v in range(BATCH):
-                    put(y + p + v * WIDTH, z[v], streaming)
-                p += BATCH * WIDTH
-            while p + WIDTH <= n:
-                z[0] = affine(t, at, p, WIDTH, hi, scale, shift, each, weight, bias, residual)
-                if dy == NULL:
-                    z[0] = activated(z[0], kind, slope)
-                else:
-                    z[0] = deactivated(load(dy + p), z[0], kind, slope)
-                put(y + p, z[0], streaming)
-                p += WIDTH
-            part = n - p
-        else:
-            step = minimum(part, WIDTH)
-            z[0] = affine(t, at, p, step, hi, scale, shift, each, weight, bias, residual)
-            if dy == NULL:
-                z[0] = activated(z[0], kind, slope)
-            else:
-                z[0] = deactivated(load_part(dy + p, step, 0), z[0], kind, slope)
-            store_part(y + p, step, z[0])
-            p += step
-            part -= step
+        # Up to the first line of y that is streamed, or the last places.
+        while p < whole:
+            p = map_step(t, at, p, whole, hi, scale, shift, each, weight, bias, residual, kind,
+                         False, False)
+        while p + TOGETHER * WIDTH <= n:
+            p = map_step(t, at, p, n, hi, scale, shift, each, weight, bias, residual, kind,
+                         streaming, True)
+        whole = n
 
 
 cdef public void map_fused(
@@ -123,6 +131,14 @@ cdef public void add_terms(const fn_task* t, int64_t at, int64_t n) noexcept nog
     cdef const stored* b = <const stored*> t.terms[1] + at
     cdef stored* x = <stored*> t.x + at
     cdef int64_t p = 0
+    cdef vec sums[BATCH]
+    cdef int v
+    while p + BATCH * WIDTH <= n:
+        for v in range(BATCH):
+            sums[v] = load(a + p + v * WIDTH) + load(b + p + v * WIDTH)
+        for v in range(BATCH):
+            store(x + p + v * WIDTH, sums[v])
+        p += BATCH * WIDTH
     while p + WIDTH <= n:
         store(x + p, load(a + p) + load(b + p))
         p += WIDTH

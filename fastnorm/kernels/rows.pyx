@@ -268,6 +268,10 @@ cdef void forward_block(void* context, int64_t index) noexcept nogil:
     while first < end:
         stop = minimum(end, first + p.group)
         ahead = look_ahead(p, stop < end)
+        if fused(t):  # map_fused asks for nothing
+            fetch_group(p, t.x, first, stop - first)
+            if t.residual != NULL:
+                fetch_group(p, t.residual, first, stop - first)
         for set_ in range(first, stop):
             x = <const stored*> t.x + set_start(t, set_)
             about = sample(p, x)
@@ -606,6 +610,10 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
         while set_ < end:
             stop = minimum(end, set_ + p.group)
             ahead = look_ahead(p, stop < end)
+            if t.upstream != NULL:
+                fetch_group(p, t.upstream, set_, stop - set_)
+            if t.residual != NULL:
+                fetch_group(p, t.residual, set_, stop - set_)
             for s in range(set_, stop):
                 start_terms(t, s, &c[s - set_])
                 over_set[0] = over_set[1] = 0
