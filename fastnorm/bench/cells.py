@@ -22,7 +22,8 @@ QUICK = {(32, 64, 56, 56), (32, 512, 7, 7), (2, 320, 64, 64), (4096, 768), (16, 
 class Cell:
     """One operation on one shape, (N, C, *spatial) or (rows, columns).
 
-    op is batch, batch_eval, group, instance, layer or rms; layout is "" for rows.
+    op is batch, batch_eval, group, instance, layer or rms; layout is "" for rows. after is what
+    is computed in the same call: an activation, a residual (of rows: added first), or both.
     """
 
     op: str
@@ -30,6 +31,7 @@ class Cell:
     layout: str
     shape: tuple
     groups: int = 0
+    after: tuple = ()
 
     def __str__(self):
         return f"{self.family} {'x'.join(map(str, self.shape))}"
@@ -37,7 +39,8 @@ class Cell:
     @property
     def family(self):
         """What figures are averaged over."""
-        return " ".join(filter(None, (self.op, "backward" * self.backward, self.layout)))
+        op = "+".join((self.op, *self.after))
+        return " ".join(filter(None, (op, "backward" * self.backward, self.layout)))
 
     @property
     def tiny(self):
@@ -52,11 +55,12 @@ def cells(quick=False):
     """Every cell, or with quick a few of each family."""
     table = []
 
-    def add(ops, layouts, shapes, groups=0, backward=True):
+    def add(ops, layouts, shapes, groups=0, after=()):
         for op in ops:
-            for back in (False, True)[: 1 + (backward and op != "batch_eval")]:
+            for back in (False, True)[: 1 + (op != "batch_eval" and "residual" not in after)]:
                 table.extend(
-                    Cell(op, back, layout, shape, groups) for layout in layouts for shape in shapes
+                    Cell(op, back, layout, shape, groups, after)
+                    for layout in layouts for shape in shapes
                 )
 
     images = ("NCHW", "NHWC")
@@ -69,4 +73,9 @@ def cells(quick=False):
     add(("group",), images, [TINY, (2, 96, 17, 19)], 32)
     add(("instance",), images, [*VOLUMES, (2, 320, 64, 64), (8, 17, 56, 56)])
     add(("layer", "rms"), ("",), [*ROWS, (3000, 1000), (64, 64)])
+    blocks = [(32, c, s, s) for c, s in ((64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))]
+    add(batches, images, [*blocks, (1, 256, 56, 56)], after=("residual", "relu"))
+    add(("batch",), images, [(32, 64, 56, 56), (32, 256, 14, 14)], after=("relu",))
+    add(("group",), images, [(n, c, s, s) for n, c, s in DIFFUSION], 32, after=("silu",))
+    add(("layer", "rms"), ("",), ROWS, after=("residual",))
     return [c for c in table if c.shape in QUICK] if quick else table

@@ -49,6 +49,12 @@ class Problem:
         self.layout = cell.layout or "NCHW"
         self.axis = -1 if self.layout == "NHWC" else 1
         self.rows = cell.op in ("layer", "rms")
+        self.residual = self.sum = None
+        if "residual" in cell.after:
+            self.residual = aligned(shape, self.dtype)
+            self.residual[...] = rng.normal(0, 1, shape)
+            self.sum = aligned(shape, self.dtype) if self.rows else None
+        self.activation = next((what for what in cell.after if what != "residual"), None)
 
     def first(self, array):
         """A view with the channels at axis 1."""
@@ -62,6 +68,11 @@ def native(problem, backend=None):
     if not p.rows:
         common["layout"] = p.layout
     channels = cell.shape[1]
+    fused = {"activation": p.activation}
+    if p.residual is not None:
+        fused["residual"] = p.residual
+    if p.sum is not None:
+        fused["out_sum"] = p.sum
     arguments = {
         "batch": (None, None, p.weight, p.bias, True),
         "batch_eval": (p.mean, p.var, p.weight, p.bias),
@@ -73,8 +84,12 @@ def native(problem, backend=None):
     name = "batch_norm" if cell.op == "batch_eval" else f"{cell.op}_norm"
     forward = getattr(fastnorm, name)
     if not cell.backward:
-        return lambda: forward(p.x, *arguments, **common)
+        if p.sum is not None:
+            return lambda: forward(p.x, *arguments, **common, **fused)[0]
+        return lambda: forward(p.x, *arguments, **common, **fused)
     _, stats = forward(p.x, *arguments, **(common | {"out": None}), return_stats=True)
+    if p.activation:
+        common |= {"activation": p.activation, "bias": p.bias}
     backward = getattr(fastnorm, f"{name}_backward")
     extra = {"group": (cell.groups,), "layer": (channels,), "rms": (channels,)}.get(cell.op, ())
     return lambda: backward(p.dy, p.x, stats, *extra, p.weight, **common).dx
@@ -92,7 +107,7 @@ def _torch_forward(problem, torch):
     f, cell = torch.nn.functional, problem.cell
     mean, var = _to_torch(problem.mean, torch), _to_torch(problem.var, torch)
     channels = (cell.shape[1],)
-    return {
+    forward = {
         "batch": lambda x, w, b: f.batch_norm(x, None, None, w, b, True),
         "batch_eval": lambda x, w, b: f.batch_norm(x, mean, var, w, b),
         "group": lambda x, w, b: f.group_norm(x, cell.groups, w, b),
@@ -100,6 +115,23 @@ def _torch_forward(problem, torch):
         "layer": lambda x, w, b: f.layer_norm(x, channels, w, b),
         "rms": lambda x, w, b: f.rms_norm(x, channels, w, 1e-5),
     }[cell.op]
+    if not cell.after:
+        return forward
+    residual = problem.residual
+    if residual is not None:
+        residual = _to_torch(residual if problem.rows else problem.first(residual), torch)
+    activation = getattr(f, problem.activation or "", None)
+
+    def fused(x, w, b):
+        if problem.rows:
+            total = x + residual
+            return forward(total, w, b), total
+        y = forward(x, w, b)
+        if residual is not None:
+            y += residual
+        return activation(y, inplace=True)
+
+    return fused
 
 
 def _to_torch(array, torch):
@@ -117,7 +149,7 @@ def _torch_arrays(problem, torch):
 
 
 def _from_torch(problem, tensor):
-    tensor = tensor.detach()
+    tensor = (tensor[0] if isinstance(tensor, tuple) else tensor).detach()
     if str(problem.x.dtype) == "bfloat16":
         array = tensor.view(sys.modules["torch"].int16).numpy().view(problem.x.dtype)
     else:
@@ -283,6 +315,10 @@ def onnx_runtime(problem):
         return p.out
 
     return call
+
+
+# Who takes part in the cells of fused calls: fastnorm, and who has the same operations apart.
+FUSING = ("fastnorm", "fastnorm numba", "PyTorch", "torch.compile")
 
 
 def available(names=None, quick=False):

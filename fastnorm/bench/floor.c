@@ -6,7 +6,8 @@
 #define WIDE __attribute__((target("avx")))
 
 /* Whole 32-byte words of [from, to); the arrays are aligned to 64 bytes. */
-WIDE static void part(char *out, const char *a, const char *b, int64_t from, int64_t to, int stream)
+WIDE static void part(char *out, char *also, const char *a, const char *b, int64_t from, int64_t to,
+                      int stream)
 {
     for (int64_t at = from; at + 32 <= to; at += 32) {
         __m256 value = _mm256_load_ps((const float *)(a + at));
@@ -15,6 +16,10 @@ WIDE static void part(char *out, const char *a, const char *b, int64_t from, int
             _mm256_stream_ps((float *)(out + at), value);
         else
             _mm256_store_ps((float *)(out + at), value);
+        if (also && stream)
+            _mm256_stream_ps((float *)(also + at), value);
+        else if (also)
+            _mm256_store_ps((float *)(also + at), value);
     }
     _mm_sfence();
 }
@@ -30,11 +35,14 @@ WIDE static float sum(const char *a, int64_t from, int64_t to)
         _mm256_add_ps(_mm256_add_ps(total[0], total[1]), _mm256_add_ps(total[2], total[3])));
 }
 #else
-static void part(char *out, const char *a, const char *b, int64_t from, int64_t to, int stream)
+static void part(char *out, char *also, const char *a, const char *b, int64_t from, int64_t to,
+                 int stream)
 {
     (void)stream;
-    for (int64_t at = from; at + 4 <= to; at += 4)
+    for (int64_t at = from; at + 4 <= to; at += 4) {
         *(float *)(out + at) = *(const float *)(a + at) + (b ? *(const float *)(b + at) : 0);
+        if (also) *(float *)(also + at) = *(float *)(out + at);
+    }
 }
 
 static float sum(const char *a, int64_t from, int64_t to)
@@ -47,17 +55,19 @@ static float sum(const char *a, int64_t from, int64_t to)
 
 enum { PIECE = 1 << 16 };
 
-void floor_move(char *out, const char *a, const char *b, int64_t bytes, int stream, int threads)
+void floor_move(char *out, char *also, const char *a, const char *b, int64_t bytes, int stream,
+                int threads)
 {
     const int64_t pieces = (bytes + PIECE - 1) / PIECE;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t index = 0; index < pieces; index++) {
         int64_t from = index * PIECE, to = from + PIECE < bytes ? from + PIECE : bytes;
-        part(out, a, b, from, to, stream);
+        part(out, also, a, b, from, to, stream);
     }
 }
 
-void floor_twice(char *out, const char *a, const char *b, int64_t bytes, int stream, int threads)
+void floor_twice(char *out, char *also, const char *a, const char *b, int64_t bytes, int stream,
+                 int threads)
 {
     const int64_t pieces = (bytes + PIECE - 1) / PIECE;
     float total = 0;
@@ -72,7 +82,7 @@ void floor_twice(char *out, const char *a, const char *b, int64_t bytes, int str
         int64_t first = pieces * thread / threads, index = pieces * (thread + 1) / threads;
         while (index-- > first) {
             int64_t from = index * PIECE, to = from + PIECE < bytes ? from + PIECE : bytes;
-            part(out, a, b, from, to, stream);
+            part(out, also, a, b, from, to, stream);
         }
     }
     *(volatile float *)out = total; /* or the sums would not be taken */

@@ -66,10 +66,10 @@ def floors(problem):
     """The two floor calls of a problem, and those of a floor with the inputs read twice."""
     from fastnorm.bench import _floor
 
-    second = problem.dy if problem.cell.backward else None
+    second = problem.dy if problem.cell.backward else problem.residual
     return {
         f"{what} {kind}": lambda stream=stream, twice=twice: _floor.move(
-            problem.out, problem.x, second, stream, problem.threads, twice
+            problem.out, problem.sum, problem.x, second, stream, problem.threads, twice
         )
         for what, twice in (("floor", False), (BOUND, True))
         for kind, stream in (("plain", False), ("streaming", True))
@@ -85,7 +85,9 @@ def run_cell(cell, who, threads, seconds, dtype):
     scale = np.max(np.abs(wanted))
     calls, wrong = {}, []
     for name, contender in who.items():
-        call = contender(problem)
+        call = None
+        if not cell.after or name in contenders.FUSING:
+            call = contender(problem)
         if call is None:
             continue
         problem.out.fill(np.nan)
@@ -181,7 +183,8 @@ def print_summary(console, rows, who, itemsize):
         size = "tiny" if cell.tiny else "large" if cell.bytes(itemsize) >= LARGE else "small"
         groups.setdefault((cell.family, size), []).append(row)
         if size != "tiny":
-            groups.setdefault(("all but tiny", ""), []).append(row)
+            every = "all fused" if cell.after else "all but tiny"
+            groups.setdefault((every, ""), []).append(row)
     for (family, size), members in sorted(groups.items()):
         ratios = [
             mean_ratio(r["times"][n] / r["floor"] for r in members if n in r["times"]) for n in who
