@@ -237,6 +237,8 @@ def test_every_contender_is_right_in_every_cell(dtype):
         problem = contenders.Problem(dataclasses.replace(cell, shape=shape), 2, dtype)
         wanted = contenders.native(problem, "reference")().copy()
         for name, contender in who.items():
+            if cell.after and name not in contenders.FUSING:
+                continue
             call = contender(problem)
             if call is not None:
                 problem.out.fill(np.nan)
