@@ -1,5 +1,6 @@
-.PHONY: help install build test test-c test-cuda demo lint check clean bench bench-gpu cost warmup
+.PHONY: help install build test test-c install-c test-cuda demo lint check clean bench bench-gpu cost warmup
 PYTHON ?= python
+PREFIX ?= /usr/local
 
 help:  ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -15,6 +16,9 @@ test:  ## run the tests
 
 test-c:  ## build and run the C example and the C test
 	$(PYTHON) -m pytest tests/test_install.py -k "c_program or header or library"
+
+install-c:  ## install the C library alone: make install-c PREFIX=/usr/local
+	$(PYTHON) setup.py install_c --prefix=$(PREFIX)
 
 bench:  ## measure a few cells against the memory floor and PyTorch
 	$(PYTHON) -m fastnorm bench --quick

@@ -1,8 +1,7 @@
 /* fastnorm from C: a batch norm, a group norm's backward, an error.
  *
- *     cc embed.c -I"$(python -c 'import fastnorm; print(fastnorm.get_include())')" \
- *        "$(python -c 'import fastnorm; print(fastnorm.get_library())')" -lm -o embed
- *     LD_LIBRARY_PATH=<folder of the library> ./embed
+ *     export PKG_CONFIG_PATH="$(fastnorm config --pkgconfigdir)"
+ *     cc $(pkg-config --cflags fastnorm) embed.c $(pkg-config --libs fastnorm) -lm -o embed
  */
 #include <fastnorm.h>
 

@@ -39,6 +39,14 @@ def main(arguments=None):
     bench.add_argument("--json", metavar="FILE", help="save the measurements")
     bench.add_argument("--plot", metavar="FILE", help="save bars as PNG and SVG")
     bench.set_defaults(run=_bench)
+    config = commands.add_parser(
+        "config",
+        help="say where a C compiler finds the header and the library",
+        description="cc $(fastnorm config --cflags) program.c $(fastnorm config --libs)",
+    )
+    for flag in ("cflags", "libs", "cmakedir", "pkgconfigdir", "version"):
+        config.add_argument(f"--{flag}", dest="flags", action="append_const", const=flag)
+    config.set_defaults(run=_config)
     commands.add_parser("explain", help="say which backend runs and why").set_defaults(run=_explain)
     warmup = commands.add_parser(
         "warmup",
@@ -116,6 +124,17 @@ def _warmup(chosen):
 
     for kernel, dtype in track(work, description="compiling"):
         kernel.compile(dtype)
+    return 0
+
+
+def _config(chosen):
+    from fastnorm import install
+
+    try:
+        print(*install.flags(*(chosen.flags or ("cflags", "libs"))))
+    except FileNotFoundError as error:
+        print(f"fastnorm config: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

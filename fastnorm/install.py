@@ -23,6 +23,29 @@ def get_library():
     return str(library)
 
 
+def get_cmake_dir():
+    """The folder of fastnormConfig.cmake, for find_package's CMAKE_PREFIX_PATH or fastnorm_DIR."""
+    return str(Path(get_library()).parent / "cmake" / "fastnorm")
+
+
+def get_pkgconfig_dir():
+    """The folder of fastnorm.pc, for PKG_CONFIG_PATH."""
+    return str(Path(get_library()).parent / "pkgconfig")
+
+
+def flags(*what):
+    """What `fastnorm config` prints, one string for each of "cflags", "libs", ..."""
+    folder = Path(get_library()).parent
+    known = {
+        "cflags": f"-I{get_include()}",
+        "libs": f"-L{folder} -lfastnorm -Wl,-rpath,{folder}",
+        "cmakedir": get_cmake_dir(),
+        "pkgconfigdir": get_pkgconfig_dir(),
+        "version": version(),
+    }
+    return [known[name] for name in what]
+
+
 def version():
     """major.minor.patch, as include/fastnorm.h says it."""
     import re
