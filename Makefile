@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c test-cuda demo lint check clean bench bench-gpu cost warmup
+.PHONY: help install build test test-c install-c sanitize tsan valgrind fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 
@@ -34,6 +34,24 @@ cost:  ## measure how a call grows with its sizes, for docs/cost-model.md
 
 warmup:  ## compile the Numba kernels into their cache
 	$(PYTHON) -m fastnorm warmup
+
+sanitize:  ## run the C tests under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer
+	tests/sanitize.sh address
+
+tsan:  ## run the C tests under ThreadSanitizer
+	tests/sanitize.sh thread
+
+valgrind:  ## run the C tests under valgrind
+	tests/sanitize.sh valgrind
+
+fuzz:  ## compare 100,000 random calls with the oracle, about 10 minutes
+	FASTNORM_FUZZ=100000 $(PYTHON) -m pytest tests/test_fuzz.py
+
+big:  ## arrays of more than 2^31 elements, 12 GB of memory
+	$(PYTHON) -m pytest tests/test_big.py -m big
+
+soak:  ## three minutes of mixed calls from several threads: memory flat, results the same
+	$(PYTHON) tests/soak.py
 
 demo:  ## train LeNet-5 with and without batch norm
 	$(PYTHON) -m fastnorm demo

@@ -177,6 +177,7 @@ def _backward(
         )
     engine = config.choose(name, backend, x.dtype)
     mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
+    param_dtype = x.dtype if weight is None else weight.dtype
     # dz is written before dx is: into the residual's gradient, or in the place of dx.
     early = (x, fused.dsum) if fused.activation and fused.residual is None else ()
     plain = fused.residual is None and out_residual is None and _plain(
@@ -194,16 +195,21 @@ def _backward(
         grad = _laid(dy, channel_order, first)
         dx, is_out = _place(view, first, out, channel_order)
         weight, bias = _in_one_type(weight, fused.bias)
+        if weight is None and bias is not None and bias.dtype != param_dtype:
+            bias = bias.astype(np.float64)  # in which dweight and dbias then are, until the end
         fused, hand_out_residual = _fused_gradients(
             fused._replace(bias=bias), dy, view, first, out_residual, channel_order
         )
     sizes = shape_of(view.shape, first)
-    dweight = np.empty(param_shape, x.dtype if weight is None else weight.dtype)
+    parameter = fused.bias if weight is None else weight
+    dweight = np.empty(param_shape, x.dtype if parameter is None else parameter.dtype)
     dbias = np.empty_like(dweight) if with_bias else None
     engine.backward(
         sizes, grad, view, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused
     )
     dx = _hand_out(dx, first, out, is_out, channel_order)
+    dweight = dweight.astype(param_dtype, copy=False)
+    dbias = dbias.astype(param_dtype, copy=False) if with_bias else None
     if fused.residual is None:
         return Gradients(dx, dweight, dbias)
     return GradientsWithResidual(dx, dweight, dbias, hand_out_residual())

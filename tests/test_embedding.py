@@ -128,7 +128,8 @@ def test_without_openmp_every_c_test_passes(prefix, kind, tmp_path):
     library = [folder / "libfastnorm.a"] if kind == "static" else [
         folder / "libfastnorm.so", f"-Wl,-rpath,{folder}"
     ]
-    for source in (EXAMPLES / "embed.c", ROOT / "tests" / "test_library.c"):
+    tests = (ROOT / "tests" / name for name in ("test_library.c", "test_attack.c"))
+    for source in (EXAMPLES / "embed.c", *tests):
         program = tmp_path / source.stem
         succeeds(
             CC, "-std=c99", *STRICT, source, f"-I{prefix / 'include'}", *library, "-lm",

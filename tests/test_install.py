@@ -51,7 +51,9 @@ def build(source, output, *flags):
 
 @needs_cc
 @needs_library
-@pytest.mark.parametrize("source", ["examples/embed.c", "tests/test_library.c"])
+@pytest.mark.parametrize(
+    "source", ["examples/embed.c", "tests/test_library.c", "tests/test_attack.c"]
+)
 def test_c_program_runs_without_python(source, tmp_path):
     build(ROOT / source, tmp_path / "program")
     done = run(tmp_path / "program", env={"PATH": ""}, cwd="/")

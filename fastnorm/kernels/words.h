@@ -15,15 +15,18 @@
 #include <immintrin.h>
 #endif
 
+/* The caller's arrays may lie anywhere. */
+#define ANYWHERE __attribute__((aligned(1)))
+
 #if defined(FN_TYPE_float64)
-typedef double stored;
+typedef double stored ANYWHERE;
 typedef double work;
 #define FN_TINY 0.0
 #else
 #if defined(FN_TYPE_float32)
-typedef float stored;
+typedef float stored ANYWHERE;
 #elif defined(FN_TYPE_float16) || defined(FN_TYPE_bfloat16)
-typedef uint16_t stored; /* its bits */
+typedef uint16_t stored ANYWHERE; /* its bits */
 #define FN_SHORT 1
 #else
 #error "no FN_TYPE_... is defined"
@@ -99,7 +102,10 @@ static inline vec load_work_part(const work *x, int64_t n, work fill)
 #endif
 #else
     work t[WIDTH];
-    for (int j = 0; j < WIDTH; j++) t[j] = j < n ? x[j] : fill;
+    for (int j = 0; j < WIDTH; j++) {
+        t[j] = fill;
+        if (j < n) memcpy(&t[j], x + j, sizeof *t);
+    }
     return load_work(t);
 #endif
 }

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The C tests under a sanitizer, at every level that this processor has:
+#
+#     tests/sanitize.sh address     AddressSanitizer, LeakSanitizer, UndefinedBehaviorSanitizer
+#     tests/sanitize.sh thread      ThreadSanitizer, threads from pthreads: gcc's knows no OpenMP
+#     tests/sanitize.sh valgrind    memcheck, at the level it knows all instructions of
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" openmp=1 ;;
+    thread) flags="-fsanitize=thread" openmp=0 ;;
+    valgrind) flags="" openmp=0 ;;
+    *) sed -n '2,6s/^# \?//p' "$0"; exit 2 ;;
+esac
+folder=build/$1
+# A third of the time to compile, and the same kernels: their loops are inlined at any level.
+FASTNORM_OPENMP=$openmp FASTNORM_CFLAGS="-O1 -g -fno-omit-frame-pointer $flags" \
+    "${PYTHON:-python}" setup.py -q install_c --prefix="$folder" --build-temp="$folder/objects"
+# The instrumentation keeps the Python module code from being dropped. It is never called: its
+# names are defined as anything.
+nm -D --undefined-only "$folder/lib/libfastnorm.so" | sed -n 's/.* \(_\?Py[A-Za-z0-9_]*\)$/void *\1;/p' \
+    > "$folder/python.c"
+# shellcheck disable=SC2086
+for test in test_library test_attack; do
+    "${CC:-cc}" -std=gnu99 -g $flags "tests/$test.c" "$folder/python.c" -I"$folder/include" \
+        "$folder/lib/libfastnorm.so" -Wl,-rpath,"$PWD/$folder/lib" -lm -lpthread -o "$folder/$test"
+    if [ "$1" = valgrind ]; then
+        # Its random shapes go through every level, of which valgrind knows not all.
+        [ $test = test_attack ] && turns=0 || turns=
+        FASTNORM_ISA=v2 valgrind -q --error-exitcode=1 --leak-check=full "$folder/$test" $turns
+        continue
+    fi
+    for level in v2 v3 v4; do
+        echo "$1, at most $level, $test: $(FASTNORM_ISA=$level "$folder/$test")"
+    done
+done

@@ -1,0 +1,420 @@
+/* libfastnorm attacked: buffers against unreadable pages, allocations that fail, random bad calls,
+ * and what belongs to the caller looked at before and after.
+ *
+ * Prints a line for each failed check and one with the counts. */
+#define _GNU_SOURCE
+#include <fastnorm.h>
+
+#include <fenv.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int passed, failed;
+
+static int check(int holds, const char *what, int line)
+{
+    if (holds) {
+        passed++;
+    } else {
+        failed++;
+        printf("line %d: %s\n", line, what);
+    }
+    return holds;
+}
+
+#define CHECK(condition) check((condition), #condition, __LINE__)
+
+static uint32_t state = 1;
+
+static uint32_t random_bits(void)
+{
+    state = state * 1664525u + 1013904223u;
+    return state >> 8;
+}
+
+static int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint32_t)n); }
+
+/* ---- buffers ------------------------------------------------------------------------------- */
+
+enum { X, DY, RESIDUAL, DSUM, WEIGHT, BIAS, INPUTS, Y = INPUTS, SUM, DX, DRESIDUAL, DWEIGHT, DBIAS,
+       MEAN, VAR, RSTD, BUFFERS };
+
+typedef struct buffer {
+    char *start;
+    size_t bytes;
+    void *mapping;
+    size_t mapped;
+} buffer;
+
+typedef enum place { ORDINARY, PAGE_BEHIND, PAGE_BEFORE } place;
+
+/* A buffer that ends, or begins, where reading or writing one byte more is a signal. */
+static buffer allocate(size_t bytes, place where)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page;
+    buffer made = {NULL, bytes, NULL, (pages + 2) * page};
+    made.mapping = mmap(NULL, made.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (made.mapping == MAP_FAILED) abort();
+    made.start = (char *)made.mapping + page;
+    if (where == PAGE_BEHIND) made.start += pages * page - bytes;
+    if (where != ORDINARY) {
+        mprotect(made.mapping, page, PROT_NONE);
+        mprotect((char *)made.mapping + (pages + 1) * page, page, PROT_NONE);
+    }
+    return made;
+}
+
+/* ---- one problem, run in different places ---------------------------------------------------- */
+
+typedef struct problem {
+    fastnorm_geometry shape;
+    int32_t dtype, flags, activation;
+    int residual, sum;
+} problem;
+
+static size_t size_of(int32_t dtype)
+{
+    return dtype == FASTNORM_FLOAT64 ? 8 : dtype == FASTNORM_FLOAT32 ? 4 : 2;
+}
+
+static size_t count_of(const problem *p, int which)
+{
+    const fastnorm_geometry *s = &p->shape;
+    if (which == WEIGHT || which == BIAS || which == DWEIGHT || which == DBIAS)
+        return (size_t)(s->g * s->k);
+    if (which >= MEAN) return (size_t)(s->b * s->g);
+    return (size_t)(s->b * s->o * s->g * s->k * s->i);
+}
+
+static void store(buffer *into, size_t at, int32_t dtype, float value)
+{
+    const double wide = value;
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (dtype == FASTNORM_FLOAT64) {
+        memcpy(into->start + 8 * at, &wide, 8);
+    } else if (dtype == FASTNORM_FLOAT32) {
+        memcpy(into->start + 4 * at, &value, 4);
+    } else {
+        /* Values between 1 and 2, or their negatives, cut off. */
+        const uint16_t brain = (uint16_t)(bits >> 16);
+        const uint16_t half = (uint16_t)((brain & 0x8000) | 0x3c00 | (bits >> 13 & 0x3ff));
+        memcpy(into->start + 2 * at, dtype == FASTNORM_BFLOAT16 ? &brain : &half, 2);
+    }
+}
+
+static fastnorm_status run(const problem *p, buffer *all, const fastnorm_options *options)
+{
+    fastnorm_forward_args f;
+    fastnorm_backward_args b;
+    fastnorm_status status;
+    memset(&f, 0, sizeof f);
+    f.struct_size = sizeof f;
+    f.dtype = p->dtype;
+    f.flags = p->flags;
+    f.activation = p->activation;
+    f.negative_slope = 0.25;
+    f.eps = 1e-5;
+    f.x = all[X].start;
+    f.residual = p->residual ? all[RESIDUAL].start : NULL;
+    f.sum = p->sum ? all[SUM].start : NULL;
+    f.weight = all[WEIGHT].start;
+    f.bias = all[BIAS].start;
+    f.y = all[Y].start;
+    f.mean = (double *)all[MEAN].start;
+    f.var = (double *)all[VAR].start;
+    f.rstd = (double *)all[RSTD].start;
+    status = fastnorm_forward(&p->shape, &f, options);
+    if (status != FASTNORM_OK) return status;
+    memset(&b, 0, sizeof b);
+    b.struct_size = sizeof b;
+    b.dtype = p->dtype;
+    b.flags = p->flags;
+    b.activation = p->activation;
+    b.negative_slope = 0.25;
+    b.dy = all[DY].start;
+    b.x = p->sum ? f.sum : f.x;
+    b.weight = f.weight;
+    b.bias = f.bias;
+    b.mean = f.mean;
+    b.rstd = f.rstd;
+    b.dx = all[DX].start;
+    b.dweight = all[DWEIGHT].start;
+    b.dbias = all[DBIAS].start;
+    b.residual = p->residual && !p->sum ? f.residual : NULL;
+    b.dresidual = p->residual && !p->sum && p->activation ? all[DRESIDUAL].start : NULL;
+    b.dsum = p->sum ? all[DSUM].start : NULL;
+    return fastnorm_backward(&p->shape, &b, options);
+}
+
+static void open_buffers(const problem *p, buffer *all, place where)
+{
+    for (int which = 0; which < BUFFERS; which++) {
+        const size_t count = count_of(p, which);
+        all[which] = allocate(count * (which >= MEAN ? 8 : size_of(p->dtype)), where);
+        state = (uint32_t)which;
+        for (size_t at = 0; which < INPUTS && at < count; at++) {
+            const float value = 1 + (float)random_bits() / (1 << 24);
+            store(&all[which], at, p->dtype, which != WEIGHT && random_bits() % 2 ? -value : value);
+        }
+    }
+}
+
+static void close_buffers(buffer *all)
+{
+    for (int which = 0; which < BUFFERS; which++) munmap(all[which].mapping, all[which].mapped);
+}
+
+static int same_bits(const buffer *a, const buffer *b)
+{
+    for (int which = INPUTS; which < BUFFERS; which++)
+        if (memcmp(a[which].start, b[which].start, a[which].bytes)) return 0;
+    return 1;
+}
+
+static void test_guard_pages(const problem *p)
+{
+    buffer wanted[BUFFERS], found[BUFFERS];
+    fastnorm_options options;
+    memset(&options, 0, sizeof options);
+    options.struct_size = sizeof options;
+    open_buffers(p, wanted, ORDINARY);
+    CHECK(run(p, wanted, NULL) == FASTNORM_OK);
+    for (options.isa = 0; options.isa <= FASTNORM_ISA_V4; options.isa++)
+        for (place where = PAGE_BEHIND; where <= PAGE_BEFORE; where++) {
+            fastnorm_status status;
+            state = 7;
+            options.num_threads = 1 + options.isa % 3;
+            open_buffers(p, found, where);
+            status = run(p, found, &options);
+            if (status != FASTNORM_BAD_ISA &&
+                !CHECK(status == FASTNORM_OK && same_bits(wanted, found)))
+                printf("  shape %d %d %d %d %d, dtype %d, flags %d, activation %d, level %d\n",
+                       (int)p->shape.b, (int)p->shape.o, (int)p->shape.g, (int)p->shape.k,
+                       (int)p->shape.i, p->dtype, p->flags, p->activation, options.isa);
+            close_buffers(found);
+        }
+    close_buffers(wanted);
+}
+
+static void test_shapes(int turns)
+{
+    static const int64_t sizes[] = {1, 1, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 49, 63, 65, 100, 129};
+    static const fastnorm_geometry large[] = {
+        {1, 3, 2, 1, 40001}, {2, 1, 1, 70001, 1}, {1, 4001, 17, 1, 1}, {1, 40, 70, 1, 49}};
+    for (int turn = 0; turn < turns; turn++) {
+        problem p;
+        uint32_t seed = (uint32_t)turn * 2654435761u + 1;
+        memset(&p, 0, sizeof p);
+        state = seed;
+        do {
+            int64_t *axis[] = {&p.shape.b, &p.shape.o, &p.shape.g, &p.shape.k, &p.shape.i};
+            for (int at = 0; at < 5; at++) *axis[at] = sizes[below(sizeof sizes / sizeof *sizes)];
+            if (below(2)) p.shape.i = 1;
+            if (below(3) == 0) p.shape.o = p.shape.i = 1;
+        } while (p.shape.b * p.shape.o * p.shape.g * p.shape.k * p.shape.i > 20000);
+        if (turn % 25 == 0) p.shape = large[turn / 25 % 4];
+        p.dtype = FASTNORM_FLOAT32 + turn % 4;
+        p.flags = below(4) == 0 ? FASTNORM_NO_MEAN : 0;
+        p.activation = (int32_t)below(6);
+        p.residual = (int)below(2);
+        p.sum = p.residual && p.shape.o == 1 && p.shape.i == 1 && below(2);
+        test_guard_pages(&p);
+    }
+}
+
+/* ---- allocations ----------------------------------------------------------------------------- */
+
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define COUNTED_MALLOC 1
+extern void *__libc_malloc(size_t);
+extern void __libc_free(void *);
+static int counting, allocations, releases, failing; /* the failing-th returns NULL */
+
+void *malloc(size_t bytes)
+{
+    if (counting && ++allocations == failing) return NULL;
+    return __libc_malloc(bytes);
+}
+
+void free(void *memory)
+{
+    if (counting && memory) releases++;
+    __libc_free(memory);
+}
+#endif
+
+static void test_allocations(void)
+{
+#if defined(COUNTED_MALLOC)
+    const problem p = {{3, 1, 5, 4, 50}, FASTNORM_FLOAT32, 0, FASTNORM_SILU, 1, 0};
+    buffer all[BUFFERS], before[BUFFERS];
+    fastnorm_options options;
+    size_t bytes = 0;
+    void *memory;
+    fastnorm_status status = FASTNORM_OUT_OF_MEMORY;
+    memset(&options, 0, sizeof options);
+    options.struct_size = sizeof options;
+    options.num_threads = 1;
+    open_buffers(&p, all, ORDINARY);
+    open_buffers(&p, before, ORDINARY);
+    for (failing = 1; status != FASTNORM_OK && failing < 10; failing++) {
+        allocations = releases = 0;
+        counting = 1;
+        status = run(&p, all, &options);
+        counting = 0;
+        CHECK(status == FASTNORM_OK || status == FASTNORM_OUT_OF_MEMORY);
+        CHECK(releases == allocations - (status == FASTNORM_OUT_OF_MEMORY));
+        if (failing == 1) CHECK(same_bits(all, before));
+    }
+    CHECK(status == FASTNORM_OK && failing > 2);
+    CHECK(fastnorm_workspace_size(&p.shape, FASTNORM_FLOAT32, &bytes) == FASTNORM_OK);
+    memory = malloc(bytes);
+    options.workspace = memory;
+    options.workspace_size = bytes;
+    allocations = failing = 0;
+    counting = 1;
+    status = run(&p, all, &options);
+    counting = 0;
+    CHECK(status == FASTNORM_OK && allocations == 0);
+    free(memory);
+    close_buffers(all);
+    close_buffers(before);
+#endif
+}
+
+/* ---- random bad calls --------------------------------------------------------------------------- */
+
+static void test_bad_calls(int turns)
+{
+    const problem p = {{2, 1, 3, 4, 5}, FASTNORM_FLOAT32, 0, 0, 0, 0};
+    buffer all[BUFFERS], before[BUFFERS];
+    int refused = 0;
+    open_buffers(&p, all, PAGE_BEHIND);
+    open_buffers(&p, before, ORDINARY);
+    state = 99;
+    for (int turn = 0; turn < turns; turn++) {
+        fastnorm_geometry shape = p.shape;
+        fastnorm_options options;
+        fastnorm_status status;
+        int64_t *axis[] = {&shape.b, &shape.o, &shape.g, &shape.k, &shape.i};
+        const int backward = (int)below(2), slip = (int)below(backward ? 11 : 14);
+        fastnorm_forward_args f;
+        fastnorm_backward_args b;
+        memset(&options, 0, sizeof options);
+        options.struct_size = sizeof options;
+        memset(&f, 0, sizeof f);
+        memset(&b, 0, sizeof b);
+        f.struct_size = sizeof f;
+        b.struct_size = sizeof b;
+        f.dtype = b.dtype = FASTNORM_FLOAT32;
+        f.eps = 1e-5;
+        f.x = b.x = all[X].start;
+        f.y = all[Y].start;
+        f.mean = (double *)all[MEAN].start;
+        f.var = (double *)all[VAR].start;
+        f.rstd = (double *)all[RSTD].start;
+        b.dy = all[DY].start;
+        b.mean = f.mean;
+        b.rstd = f.rstd;
+        b.dx = all[DX].start;
+        b.dweight = all[DWEIGHT].start;
+        switch (slip) {
+        case 0: *axis[below(5)] = -1 - below(1000); break;
+        case 1: *axis[below(5)] = INT64_MAX - below(1000); break;
+        case 2: f.struct_size = b.struct_size = (size_t)below(64); break;
+        case 3: options.struct_size = (size_t)below(16); break;
+        case 4: f.dtype = b.dtype = (int32_t)(5 + below(1000)); break;
+        case 5: f.param_dtype = b.param_dtype = (int32_t)(-1 - below(1000)); break;
+        case 6: f.flags = b.flags = (int32_t)(8 << below(20)); break;
+        case 7: f.activation = b.activation = (int32_t)(6 + below(1000)); break;
+        case 8: options.isa = (int32_t)(5 + below(1000)); break;
+        case 9: options.num_threads = (int32_t)(-1 - below(1000)); break;
+        case 10:
+            options.workspace = all[SUM].start;
+            options.workspace_size = (size_t)below(64);
+            break;
+        case 11: f.eps = below(2) ? (double)NAN : (double)INFINITY; break;
+        case 12: f.y = all[X].start + 4 * (1 + below(100)); break;
+        default: f.var = f.mean + below(3); break;
+        }
+        status = backward ? fastnorm_backward(&shape, &b, &options)
+                          : fastnorm_forward(&shape, &f, &options);
+        refused += status != FASTNORM_OK && strlen(fastnorm_status_string(status)) > 0;
+        if (status == FASTNORM_OK) printf("slip %d, backward %d, was taken\n", slip, backward);
+    }
+    CHECK(refused == turns);
+    CHECK(same_bits(all, before));
+    close_buffers(all);
+    close_buffers(before);
+}
+
+/* ---- what is the caller's ------------------------------------------------------------------------ */
+
+static void test_the_callers_state(void)
+{
+    const problem p = {{4, 1, 30, 2, 700}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0};
+    buffer all[BUFFERS];
+    sigset_t signals, after;
+    open_buffers(&p, all, ORDINARY);
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGUSR1);
+    sigprocmask(SIG_SETMASK, &signals, NULL);
+    fesetround(FE_UPWARD);
+    setenv("OMP_NUM_THREADS", "3", 1);
+    CHECK(run(&p, all, NULL) == FASTNORM_OK);
+    CHECK(fegetround() == FE_UPWARD);
+    CHECK(strcmp(getenv("OMP_NUM_THREADS"), "3") == 0);
+    fesetround(FE_TONEAREST);
+    sigprocmask(SIG_SETMASK, NULL, &after);
+    CHECK(sigismember(&after, SIGUSR1) == 1 && sigismember(&after, SIGUSR2) == 0);
+    sigemptyset(&signals);
+    sigprocmask(SIG_SETMASK, &signals, NULL);
+    close_buffers(all);
+}
+
+/* A child, its child and its child, after the parent had threads. */
+static void test_nested_forks(void)
+{
+    const problem p = {{4, 1, 30, 2, 700}, FASTNORM_FLOAT32, 0, 0, 0, 0};
+    buffer wanted[BUFFERS], found[BUFFERS];
+    int status = -1;
+    pid_t child;
+    open_buffers(&p, wanted, ORDINARY);
+    open_buffers(&p, found, ORDINARY);
+    CHECK(run(&p, wanted, NULL) == FASTNORM_OK);
+    fflush(stdout);
+    child = fork();
+    if (child == 0) {
+        alarm(30);
+        for (int depth = 0; depth < 2; depth++) {
+            if (run(&p, found, NULL) != FASTNORM_OK || !same_bits(wanted, found)) _exit(1);
+            child = fork();
+            if (child > 0) {
+                waitpid(child, &status, 0);
+                _exit(status != 0);
+            }
+        }
+        _exit(run(&p, found, NULL) != FASTNORM_OK || !same_bits(wanted, found));
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    close_buffers(wanted);
+    close_buffers(found);
+}
+
+int main(int count, char **arguments)
+{
+    test_shapes(count > 1 ? atoi(arguments[1]) : 300);
+    test_allocations();
+    test_bad_calls(1000);
+    test_the_callers_state();
+    test_nested_forks();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
