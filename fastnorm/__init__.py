@@ -3,9 +3,6 @@
 from fastnorm.config import explain, get_num_threads, set_num_threads
 from fastnorm.cross_channel import local_response_norm, normalize
 from fastnorm.functional import (
-    Gradients,
-    GradientsWithResidual,
-    Statistics,
     batch_norm,
     batch_norm_backward,
     group_norm,
@@ -33,6 +30,7 @@ from fastnorm.layers_running import (
     LazyInstanceNorm2d,
     LazyInstanceNorm3d,
 )
+from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
 __all__ = [
     "BatchNorm1d",

@@ -75,6 +75,10 @@ def batch_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    statistics: Literal["batch", "running"] | None = ...,
+    update: bool | None = ...,
+    nan_policy: Literal["propagate", "skip", "raise"] = ...,
+    ghost_size: int | None = ...,
 ) -> Array: ...
 @overload
 def batch_norm(
@@ -97,6 +101,10 @@ def batch_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    statistics: Literal["batch", "running"] | None = ...,
+    update: bool | None = ...,
+    nan_policy: Literal["propagate", "skip", "raise"] = ...,
+    ghost_size: int | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def instance_norm(
@@ -328,6 +336,7 @@ def batch_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    ghost_size: int | None = ...,
 ) -> Gradients: ...
 @overload
 def batch_norm_backward(
@@ -346,6 +355,7 @@ def batch_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    ghost_size: int | None = ...,
 ) -> GradientsWithResidual: ...
 @overload
 def instance_norm_backward(

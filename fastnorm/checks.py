@@ -75,6 +75,12 @@ def channels_first(name, layout):
         raise ValueError(f"{name}: layout is {layout!r}, expected one of {known}") from None
 
 
+def check_choice(name, what, value, *known):
+    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+        expected = " or ".join(map(repr, known))
+        raise ValueError(f"{name}: {what} is {value!r}, expected {expected}")
+
+
 def check_number(name, what, value):
     try:
         if math.isfinite(value):

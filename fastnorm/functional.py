@@ -27,43 +27,22 @@ dtype; where there is no residual whose gradient it is, out holds it for a while
     Raises        TypeError for a wrong type or dtype, ValueError for a wrong shape or value
 """
 
-import numpy as np
-
-from fastnorm import backends, config, geometry, on_device
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING, Fused
+from fastnorm import batch_statistics, config, geometry, on_device, on_host
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
 from fastnorm.checks import (
     channels_first,
     check_channels,
+    check_choice,
     check_fused,
     check_input,
     check_number,
-    check_out,
     check_trailing,
     check_writable,
     seen,
 )
 from fastnorm.device import DeviceArray
 from fastnorm.dtypes import TABLE
-from fastnorm.results import Gradients, GradientsWithResidual, Statistics
-
-CONVENTIONS = ("torch", "keras")
-
-# Most calls have nothing to look at closely, which compiled code sees sooner.
-_plain = getattr(backends.load("native"), "plain", lambda *_: False)
-
-
-def _in_one_type(*parameters):
-    """The parameters as C-contiguous arrays of one dtype: float64 where they differ."""
-    dtype = None
-    ready = True
-    for parameter in parameters:
-        if parameter is not None:
-            ready = ready and parameter.flags.c_contiguous and dtype in (None, parameter.dtype)
-            dtype = parameter.dtype if dtype in (None, parameter.dtype) else np.dtype(np.float64)
-    if ready:
-        return parameters
-    return tuple(None if p is None else np.ascontiguousarray(p, dtype) for p in parameters)
-
+from fastnorm.results import Statistics
 
 # ---- the two calls that all functions come down to ------------------------------------------
 
@@ -73,12 +52,7 @@ def _forward(
     backend, num_threads, running=(None, None), momentum=0.0, fused=NOTHING, with_sum=False,
     out_sum=None,
 ):
-    """Check what is common, compute y, and pack the result.
-
-    channel_order is (layout is channels first) for arrays with a channel axis, else None;
-    shape_of(shape, first) gives the geometry of a C-contiguous array. with_sum: the residual is
-    added first, and the sum handed out.
-    """
+    """On x's place; see on_host.forward."""
     eps = check_number(name, "eps", eps)
     num_threads = config.check_threads(name, num_threads)
     if isinstance(x, DeviceArray):
@@ -86,82 +60,11 @@ def _forward(
             name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats,
             flags, backend, running, momentum,
         )
-    engine = config.choose(name, backend, x.dtype)
-    parameters = (weight, bias, *running)
-    total, residual = None, fused.residual
-    if _plain(x, out, parameters, (residual,)) and (
-        out_sum is None or _plain(x, out_sum, (*parameters, out), (residual,))
-    ):
-        view, first, is_out = x, channel_order, out is not None
-        y = out if is_out else np.empty(x.shape, x.dtype)
-        if with_sum and residual is not None:
-            is_out_sum = out_sum is not None
-            total = out_sum if is_out_sum else np.empty(x.shape, x.dtype)
-            fused = Fused(fused.activation, fused.slope, residual, total)
-    else:
-        names = ("weight", "bias", "running_mean", "running_var")
-        others = tuple(zip(names, parameters, strict=True))
-        same = (("x", x), ("residual", residual))
-        if out is not None:
-            check_out(name, out, x, same, others)
-        if out_sum is not None:
-            check_out(name, out_sum, x, same, (*others, ("out", out)), "out_sum")
-        view, first = geometry.as_it_lies(x, channel_order)
-        y, is_out = _place(view, first, out, channel_order)
-        parameters = _in_one_type(*parameters)
-        if residual is not None:
-            if with_sum:
-                total, is_out_sum = _place(view, first, out_sum, channel_order)
-            residual = _laid(residual, channel_order, first)
-            fused = Fused(fused.activation, fused.slope, residual, total)
-    sizes = shape_of(view.shape, first)
-    mean = var = rstd = None
-    moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
-    if return_stats or (moves and sizes.b > 1):
-        mean, var, rstd = np.empty((3, sizes.b * sizes.g))
-    engine.forward(
-        sizes, view, y, parameters[0], parameters[1], eps, mean, var, rstd, parameters[2],
-        parameters[3], momentum, flags, num_threads, fused,
+    return on_host.forward(
+        name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats, flags,
+        config.choose(name, backend, x.dtype), num_threads, running, momentum, fused, with_sum,
+        out_sum,
     )
-    if moves:
-        for asked, moved in zip(running, parameters[2:], strict=True):
-            if asked is not moved:
-                asked[...] = moved
-    results = (_hand_out(y, first, out, is_out, channel_order),)
-    if total is not None:
-        results += (_hand_out(total, first, out_sum, is_out_sum, channel_order),)
-    if return_stats:
-        given = bool(flags & GIVEN_STATISTICS)
-        results += (Statistics(*(a.reshape(stats_shape) for a in (mean, var, rstd)), given),)
-    return results if len(results) > 1 else results[0]
-
-
-def _laid(array, channel_order, first):
-    """An array like x as its view lies; a copy where it lies otherwise."""
-    if channel_order is not None:
-        array = geometry.as_asked(array, channel_order, first)
-    return np.ascontiguousarray(array)
-
-
-def _place(view, first, out, channel_order):
-    """An array like view for the backend to write, and whether it is out's own memory."""
-    if out is not None:
-        lying, out_first = geometry.lying(out, channel_order)
-        if lying is not None and out_first == first:
-            return lying, True
-    return np.empty(view.shape, view.dtype), False
-
-
-def _hand_out(y, first, out, is_out, channel_order):
-    """y in the axis order that was asked for, in the caller's array where there is one."""
-    if is_out:
-        return out
-    if channel_order is not None:
-        y = geometry.as_asked(y, first, channel_order)
-    if out is None:
-        return y
-    out[...] = y
-    return out
 
 
 def _backward(
@@ -175,102 +78,10 @@ def _backward(
             name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape,
             flags, backend, with_bias,
         )
-    engine = config.choose(name, backend, x.dtype)
-    mean, rstd = (_statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
-    param_dtype = x.dtype if weight is None else weight.dtype
-    # dz is written before dx is: into the residual's gradient, or in the place of dx.
-    early = (x, fused.dsum) if fused.activation and fused.residual is None else ()
-    plain = fused.residual is None and out_residual is None and _plain(
-        x, out, (weight, fused.bias, *early), (dy, fused.dsum)
+    return on_host.backward(
+        name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
+        config.choose(name, backend, x.dtype), num_threads, with_bias, fused, out_residual,
     )
-    if not plain:
-        _check_gradients_out(name, dy, x, weight, out, out_residual, fused)
-    if getattr(stats, "given", False):
-        flags |= GIVEN_STATISTICS
-    if plain:
-        view, grad, first, is_out = x, dy, channel_order, out is not None
-        dx = out if is_out else np.empty(x.shape, x.dtype)
-    else:
-        view, first = geometry.as_it_lies(x, channel_order)
-        grad = _laid(dy, channel_order, first)
-        dx, is_out = _place(view, first, out, channel_order)
-        weight, bias = _in_one_type(weight, fused.bias)
-        if weight is None and bias is not None and bias.dtype != param_dtype:
-            bias = bias.astype(np.float64)  # in which dweight and dbias then are, until the end
-        fused, hand_out_residual = _fused_gradients(
-            fused._replace(bias=bias), dy, view, first, out_residual, channel_order
-        )
-    sizes = shape_of(view.shape, first)
-    parameter = fused.bias if weight is None else weight
-    dweight = np.empty(param_shape, x.dtype if parameter is None else parameter.dtype)
-    dbias = np.empty_like(dweight) if with_bias else None
-    engine.backward(
-        sizes, grad, view, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused
-    )
-    dx = _hand_out(dx, first, out, is_out, channel_order)
-    dweight = dweight.astype(param_dtype, copy=False)
-    dbias = dbias.astype(param_dtype, copy=False) if with_bias else None
-    if fused.residual is None:
-        return Gradients(dx, dweight, dbias)
-    return GradientsWithResidual(dx, dweight, dbias, hand_out_residual())
-
-
-def _check_gradients_out(name, dy, x, weight, out, out_residual, fused):
-    others = (("weight", weight), ("bias", fused.bias))
-    same = (("dy", dy), ("residual", fused.residual))
-    if out_residual is not None:
-        if fused.residual is None:
-            raise ValueError(f"{name}: out_residual without residual, expected both or none")
-        check_out(
-            name, out_residual, x, same, (*others, ("x", x), ("out", out)), "out_residual"
-        )
-    if out is None:
-        return
-    # Who is read after out is first written must be apart from it.
-    if fused.activation and fused.residual is None:
-        others += (("x", x), ("dsum", fused.dsum))
-    elif fused.residual is not None and not fused.activation and out_residual is None:
-        others += (("dy, which is the residual's gradient", dy),)
-        same = same[1:]
-    check_out(name, out, x, (*same, ("x", x), ("dsum", fused.dsum)), others)
-
-
-def _fused_gradients(fused, dy, view, first, out_residual, channel_order):
-    """Fused as a backend takes it, and what hands the residual's gradient out afterwards."""
-    laid = {
-        what: _laid(getattr(fused, what), channel_order, first)
-        for what in ("residual", "dsum")
-        if getattr(fused, what) is not None
-    }
-    fused = fused._replace(**laid)
-    if fused.residual is None:
-        return fused, None
-    if fused.activation:
-        dresidual, is_out = _place(view, first, out_residual, channel_order)
-        return fused._replace(dresidual=dresidual), lambda: _hand_out(
-            dresidual, first, out_residual, is_out, channel_order
-        )
-    # Without an activation it is dy.
-    if out_residual is not None:
-        out_residual[...] = dy
-        return fused, lambda: out_residual
-    return fused, lambda: dy
-
-
-def _statistic(name, stats, what, shape):
-    array = getattr(stats, what, None)
-    if array is None:
-        raise TypeError(
-            f"{name}: stats is a {type(stats).__name__}, expected the Statistics that the forward"
-            " returns with return_stats=True"
-        )
-    array = np.asarray(array, np.float64, order="C")
-    if array.shape != shape:
-        raise ValueError(
-            f"{name}: stats.{what} has shape {array.shape}, expected {shape};"
-            " do they come from another input or another normalization?"
-        )
-    return array
 
 
 # ---- batch norm ----------------------------------------------------------------------------
@@ -280,6 +91,7 @@ def batch_norm(
     x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None, num_threads=None,
     convention="torch", residual=None, activation=None, negative_slope=0.01, approximate="none",
+    statistics=None, update=None, nan_policy="propagate", ghost_size=None,
 ):
     """Normalize each channel over the batch and the spatial axes.
 
@@ -302,17 +114,28 @@ def batch_norm(
         momentum: see above.
         eps: added to the variance; in training above 0.
         convention: "torch" or "keras".
+        statistics: which normalize, "batch" or "running"; None is as training says. Frozen batch
+            norm is statistics="running", update=False whatever training is.
+        update: whether the running statistics move, by those of the batch; None is as training
+            says. With statistics="running" they move after they have normalized.
+        nan_policy: what batch statistics that are not finite do to the running ones: "propagate",
+            "skip" (a channel's stay as they are) or "raise" (FloatingPointError, and all stay; y
+            has been written).
+        ghost_size: samples that are normalized together, each ghost batch by its own statistics;
+            the last may be shorter. The running statistics move by the mean over them, weighed by
+            their samples. Ignored where the running ones normalize.
 
     Returns:
-        y like x, or (y, Statistics of shape (C,)). An empty batch gives an empty result and
-        leaves the running statistics alone.
+        y like x, or (y, Statistics of shape (C,), with a ghost_size (ghost batches, C)). An empty
+        batch gives an empty result and leaves the running statistics alone.
 
     Raises:
         ValueError: also for one value per channel in training, and for running statistics
             that are missing outside training.
 
     Source:
-        Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
+        Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2; ghost batches: Hoffer,
+        Hubara and Soudry, "Train longer, generalize better", 2017.
     """
     name = "batch_norm"
     x = check_input(name, x, least=2)
@@ -322,30 +145,87 @@ def batch_norm(
         bias=bias,
     )
     momentum = check_number(name, "momentum", momentum)
+    check_choice(name, "convention", convention, "torch", "keras")
+    check_choice(name, "statistics", statistics, None, "batch", "running")
+    check_choice(name, "nan_policy", nan_policy, "propagate", "skip", "raise")
     flags = 0
-    if convention not in CONVENTIONS:
-        raise ValueError(f"{name}: convention is {convention!r}, expected 'torch' or 'keras'")
     if convention == "keras":
         momentum = 1.0 - momentum
         flags = BIASED_RUNNING_VAR
-    if training:
-        _check_training(name, x, channels, eps, weight, bias, running_mean, running_var)
+    by_batch = training if statistics is None else statistics == "batch"
+    moves = training if update is None else update
+    if by_batch or moves:
+        _check_training(
+            name, x, channels, eps, weight, bias, *(running_mean, running_var) if moves else ()
+        )
+    if not by_batch and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"{name}: {missing} is None, expected an array of shape ({channels},) outside"
+            " training; did you mean training=True?"
+        )
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual)
+    running = running_mean, running_var
+    ghosts = _check_ghosts(name, x, channels, ghost_size) if by_batch else None
+    if ghosts is None and (by_batch or not moves) and not (moves and nan_policy != "propagate"):
+        if by_batch and not moves:
+            running = None, None
+        return _forward(
+            name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats,
+            flags if by_batch else GIVEN_STATISTICS, backend, num_threads, running, momentum, fused,
+        )
+    if isinstance(x, DeviceArray):
+        raise ValueError(
+            f"{name}: x is on a GPU, where ghost_size, nan_policy and statistics='running' with"
+            " update=True are not served yet"
+        )
+
+    if out is not None:
+        on_host.check_out(name, out, x, (("x", x), ("residual", fused.residual)))
+
+    def of_batch(x, out, shape_of, stats_shape, fused):
+        return _forward(
+            name, x, out, first, shape_of, weight, bias, eps, stats_shape, True, 0, backend,
+            num_threads, fused=fused,
+        )
+
+    if by_batch:
+        y, found, counts = batch_statistics.forward(of_batch, x, channels, out, fused, ghosts)
+        stats = found
+        if ghosts is None:
+            stats = Statistics(found.mean[0], found.var[0], found.rstd[0]) if counts else found
     else:
-        flags = GIVEN_STATISTICS
-        if running_mean is None or running_var is None:
-            missing = "running_mean" if running_mean is None else "running_var"
-            raise ValueError(
-                f"{name}: {missing} is None, expected an array of shape ({channels},) outside"
-                " training; did you mean training=True?"
-            )
-    return _forward(
-        name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats, flags,
-        backend, num_threads, (running_mean, running_var), momentum,
-        check_fused(name, x, activation, negative_slope, approximate, residual),
-    )
+        _, found, counts = batch_statistics.forward(of_batch, x, channels, None, NOTHING, None)
+        y, stats = _forward(
+            name, x, out, first, geometry.batch, weight, bias, eps, (channels,), True,
+            GIVEN_STATISTICS, backend, num_threads, running, fused=fused,
+        )
+    if moves:
+        batch_statistics.move(
+            name, running, found, counts, momentum, flags == BIASED_RUNNING_VAR, nan_policy
+        )
+    return (y, stats) if return_stats else y
 
 
-def _check_training(name, x, sets, eps, weight, bias, running_mean, running_var):
+def _check_ghosts(name, x, channels, ghost_size):
+    """ghost_size as an int or None; every ghost batch has more than one value for each channel."""
+    if ghost_size is None:
+        return None
+    if isinstance(ghost_size, bool) or not hasattr(ghost_size, "__index__"):
+        raise TypeError(f"{name}: ghost_size is {ghost_size!r}, expected an int or None")
+    size, samples = int(ghost_size), x.shape[0]
+    if size < 1:
+        raise ValueError(f"{name}: ghost_size is {size}, expected 1 or more")
+    last = samples % size or min(size, samples)
+    if x.size and last * (x.size // samples) == channels:
+        raise ValueError(
+            f"{name}: ghost_size is {size} and x has shape {x.shape}: a ghost batch has one value"
+            " for each channel, expected more"
+        )
+    return size
+
+
+def _check_training(name, x, sets, eps, weight, bias, running_mean=None, running_var=None):
     if check_number(name, "eps", eps) <= 0:
         raise ValueError(f"{name}: eps is {eps!r}, expected more than 0 in training")
     if x.size and x.size == sets:
@@ -370,7 +250,7 @@ def _check_training(name, x, sets, eps, weight, bias, running_mean, running_var)
 def batch_norm_backward(
     dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None,
     bias=None, residual=None, out_residual=None, activation=None, negative_slope=0.01,
-    approximate="none",
+    approximate="none", ghost_size=None,
 ):
     """Gradients of batch_norm.
 
@@ -384,7 +264,8 @@ def batch_norm_backward(
     Args:
         dy, x: (N, C, *spatial), of one dtype; x is the forward's input.
         stats: Statistics of shape (C,) from batch_norm(..., return_stats=True).
-        weight, bias, residual, activation, negative_slope, approximate: as in the forward.
+        weight, bias, residual, activation, negative_slope, approximate, ghost_size: as in the
+            forward.
         out: receives dx; may be dy or x.
         out_residual: receives dresidual; may be dy or residual.
 
@@ -398,9 +279,28 @@ def batch_norm_backward(
     first = channels_first(name, layout)
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
     fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
-    return _backward(
-        name, dy, x, stats, weight, out, first, geometry.batch, (channels,), (channels,), 0,
-        backend, num_threads, True, fused, out_residual,
+    if ghost_size is None or getattr(stats, "given", False):
+        return _backward(
+            name, dy, x, stats, weight, out, first, geometry.batch, (channels,), (channels,), 0,
+            backend, num_threads, True, fused, out_residual,
+        )
+    ghosts = _check_ghosts(name, x, channels, ghost_size)
+    dy = check_input(name, dy, "dy", like=x)
+    if isinstance(x, DeviceArray):
+        raise ValueError(f"{name}: x is on a GPU, where ghost_size is not served yet")
+    shape = (-(-x.shape[0] // ghosts), channels)
+    stats = Statistics(*(on_host.statistic(name, stats, a, shape) for a in ("mean", "var", "rstd")))
+    on_host.check_gradients_out(name, dy, x, weight, out, out_residual, fused)
+
+    def call(dy, x, stats, out, shape_of, stats_shape, fused, out_residual):
+        return _backward(
+            name, dy, x, stats, weight, out, first, shape_of, stats_shape, (channels,), 0, backend,
+            num_threads, True, fused, out_residual,
+        )
+
+    dtype = x.dtype if weight is None else weight.dtype
+    return batch_statistics.backward(
+        call, dy, x, stats, channels, out, fused, out_residual, ghosts, dtype
     )
 
 

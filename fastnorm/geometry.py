@@ -8,6 +8,8 @@ This is the only Python file that knows NCHW and NHWC (its C twin is kernels/sim
                       b       o      g    k      i
     batch, NCHW       1       N      C    1      S
     batch, NHWC       1       N*S    C    1      1
+    ghost, NCHW       N/n     n      C    1      S       n samples at a time
+    ghost, NHWC       N/n     n*S    C    1      1
     group, NCHW       N       1      G    C/G    S
     group, NHWC       N       S      G    C/G    1       instance norm: G = C
     rows              rows    1      1    D      1       layer and RMS norm
@@ -74,6 +76,15 @@ def batch(shape, channels_first):
     if channels_first:
         return Geometry(1, shape[0], shape[1], 1, prod(shape[2:]))
     return Geometry(1, prod(shape[:-1]), shape[-1], 1, 1)
+
+
+@lru_cache(maxsize=1024)
+def ghost(shape, channels_first, size):
+    """One set for each channel of `size` samples at a time, a divisor of the batch."""
+    b = shape[0] // size
+    if channels_first:
+        return Geometry(b, size, shape[1], 1, prod(shape[2:]))
+    return Geometry(b, size * prod(shape[1:-1]), shape[-1], 1, 1)
 
 
 @lru_cache(maxsize=1024)

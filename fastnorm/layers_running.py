@@ -74,6 +74,8 @@ class _BatchNorm(_ChannelNorm):
         affine: whether there are a weight (1 at first) and a bias (0).
         track_running_stats: whether there are running statistics (mean 0, variance 1 at first).
         layout, dtype, backend, activation, negative_slope, approximate: see fastnorm.layers.
+        statistics, update, nan_policy, ghost_size: see fastnorm.batch_norm. A frozen layer has
+            statistics="running", update=False.
 
     Shape:
         {inputs} in, the same out.
@@ -84,6 +86,21 @@ class _BatchNorm(_ChannelNorm):
     Source:
         Ioffe and Szegedy, "Batch Normalization", 2015.
     """
+
+    def __init__(
+        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, *,
+        layout="NCHW", dtype=np.float32, backend=None, activation=None, negative_slope=0.01,
+        approximate="none", statistics=None, update=None, nan_policy="propagate", ghost_size=None,
+    ):
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, layout=layout, dtype=dtype,
+            backend=backend, activation=activation, negative_slope=negative_slope,
+            approximate=approximate,
+        )
+        self.statistics = statistics
+        self.update = update
+        self.nan_policy = nan_policy
+        self.ghost_size = ghost_size
 
     def _momentum(self):
         """Of this batch: 1/t for the cumulative average of momentum=None. The batch is counted
@@ -97,12 +114,16 @@ class _BatchNorm(_ChannelNorm):
         self._check_rank(x)
         self._follow(x)
         use_batch = self.training or not self.track_running_stats
-        moving = self.training and self.track_running_stats
+        if self.statistics is not None:
+            use_batch = self.statistics == "batch"
+        moving = self.training if self.update is None else self.update
+        moving = moving and self.track_running_stats
         running = self.track_running_stats and (moving or not use_batch)
         y, stats = functional.batch_norm(
             x, self.running_mean if running else None, self.running_var if running else None,
             self.weight, self.bias, use_batch, self._momentum(), self.eps,
-            layout=self.layout, return_stats=True, residual=residual, **self._common(),
+            layout=self.layout, return_stats=True, residual=residual, update=bool(moving),
+            nan_policy=self.nan_policy, ghost_size=self.ghost_size, **self._common(),
         )
         if moving:
             self.num_batches_tracked += 1
@@ -114,7 +135,7 @@ class _BatchNorm(_ChannelNorm):
         x, stats, residual = self._take_saved()
         return self._gradients(functional.batch_norm_backward(
             dy, x, stats, self.weight, layout=self.layout, bias=self.bias, residual=residual,
-            **self._common(),
+            ghost_size=self.ghost_size, **self._common(),
         ))
 
 
