@@ -200,6 +200,7 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> Array: ...
 @overload
 def layer_norm(
@@ -218,6 +219,7 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array]: ...
 @overload
 def layer_norm(
@@ -235,6 +237,7 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def layer_norm(
@@ -253,6 +256,7 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array, Statistics]: ...
 @overload
 def rms_norm(
@@ -269,6 +273,7 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> Array: ...
 @overload
 def rms_norm(
@@ -286,6 +291,7 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array]: ...
 @overload
 def rms_norm(
@@ -302,6 +308,7 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def rms_norm(
@@ -319,6 +326,7 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array, Statistics]: ...
 @overload
 def batch_norm_backward(
@@ -444,6 +452,7 @@ def layer_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> Gradients: ...
 def rms_norm_backward(
     dy: Array,
@@ -459,6 +468,7 @@ def rms_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    axis: int | Sequence[int] | None = ...,
 ) -> Gradients: ...
 def local_response_norm(
     x: Array,
@@ -471,7 +481,13 @@ def local_response_norm(
     out: Array | None = ...,
 ) -> Array: ...
 def normalize(
-    x: Array, p: float = ..., dim: int = ..., eps: float = ..., *, out: Array | None = ...
+    x: Array,
+    p: float = ...,
+    dim: int = ...,
+    eps: float = ...,
+    *,
+    out: Array | None = ...,
+    axis: int | None = ...,
 ) -> Array: ...
 def explain(x: Array | DTypeLike | None = ..., *, backend: Backend | None = ...) -> None: ...
 def set_num_threads(num_threads: int) -> None: ...

@@ -89,7 +89,7 @@ def local_response_norm_backward(
     return dx
 
 
-def normalize(x, p=2.0, dim=1, eps=1e-12, *, out=None):
+def normalize(x, p=2.0, dim=1, eps=1e-12, *, out=None, axis=None):
     """Divide by the p-norm along an axis.
 
     Formula:
@@ -99,6 +99,7 @@ def normalize(x, p=2.0, dim=1, eps=1e-12, *, out=None):
         x: any shape, float32 or float64.
         p: order of the norm, above 0, or inf.
         dim: the axis.
+        axis: the same, by NumPy's name.
         eps: the least divisor.
         out: as in fastnorm.functional.
 
@@ -107,6 +108,7 @@ def normalize(x, p=2.0, dim=1, eps=1e-12, *, out=None):
     """
     name = "normalize"
     checks.check_input(name, x, on_gpu=False)
+    dim = dim if axis is None else axis
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{name}: dim is {dim}, expected an axis of x {x.shape}")
     if not p > 0:

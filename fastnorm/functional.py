@@ -470,7 +470,8 @@ def instance_norm_backward(
 # ---- layer and RMS norm ----------------------------------------------------------------------
 
 
-def _normalized_shape(name, x, normalized_shape):
+def _normalized_shape(name, x, normalized_shape, axis):
+    """(shape, statistics' shape, channel_order, shape_of) of the axes that are normalized."""
     try:
         if hasattr(normalized_shape, "__index__"):
             shape = (int(normalized_shape),)
@@ -480,20 +481,57 @@ def _normalized_shape(name, x, normalized_shape):
         raise TypeError(
             f"{name}: normalized_shape is {normalized_shape!r}, expected an int or several"
         ) from None
-    if not shape or x.shape[-len(shape):] != shape:
-        raise ValueError(
-            f"{name}: normalized_shape is {shape}, expected the trailing axes of x {x.shape}"
+    start = x.ndim - len(shape) if axis is None else _first_axis(name, x, axis, len(shape))
+    stop = start + len(shape)
+    if not shape or start < 0 or x.shape[start:stop] != shape:
+        where = "the trailing axes" if axis is None else f"axis {axis}"
+        raise ValueError(f"{name}: normalized_shape is {shape}, expected {where} of x {x.shape}")
+    others = x.shape[:start] + x.shape[stop:]
+    if stop == x.ndim:
+        ndim = len(shape)
+        return shape, others, None, lambda view_shape, _: geometry.rows(view_shape, ndim)
+    if isinstance(x, DeviceArray):
+        raise ValueError(f"{name}: x is on a GPU, where only trailing axes are normalized yet")
+    if (start, stop) == (1, 2):
+        # The channels of an image; where its memory has them last, they are rows.
+        return shape, others, True, lambda view_shape, first: (
+            geometry.across(view_shape, 1, 2) if first else geometry.rows(view_shape, 1)
         )
-    ndim = len(shape)
-    return shape, x.shape[:-ndim], lambda view_shape, _: geometry.rows(view_shape, ndim)
+    return shape, others, None, lambda view_shape, _: geometry.across(view_shape, start, stop)
+
+
+def _first_axis(name, x, axis, count):
+    """The first of `count` axes that follow each other."""
+    try:
+        axes = [axis.__index__()] if hasattr(axis, "__index__") else [a.__index__() for a in axis]
+    except (TypeError, AttributeError):
+        raise TypeError(f"{name}: axis is {axis!r}, expected an int or several") from None
+    if any(not -x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(f"{name}: axis is {axis!r}, expected axes of x {x.shape}")
+    axes = [a % x.ndim for a in axes]
+    if not axes or axes != list(range(axes[0], axes[0] + count)):
+        raise ValueError(
+            f"{name}: axis is {axis!r}, expected {count} axes of x {x.shape}, one for each of"
+            " normalized_shape, that follow each other"
+        )
+    return axes[0]
+
+
+def _only_rows(name, channel_order, shape_of, x, **arrays):
+    """Sums before the normalization are taken where the trailing axes are normalized."""
+    for what, array in arrays.items():
+        if array is not None and shape_of(x.shape, channel_order).s > 1:
+            raise ValueError(
+                f"{name}: {what} with an axis that is not the last, expected None; add it apart"
+            )
 
 
 def layer_norm(
     x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
     backend=None, num_threads=None, residual=None, out_sum=None, activation=None,
-    negative_slope=0.01, approximate="none",
+    negative_slope=0.01, approximate="none", axis=None,
 ):
-    """Normalize over the trailing axes.
+    """Normalize over the trailing axes, or over others.
 
     Formula, with sum = x + residual (rounded to x's dtype):
         y = activation((sum - mean) / sqrt(var + eps) * weight + bias)
@@ -503,6 +541,9 @@ def layer_norm(
         normalized_shape: an int or a sequence of ints.
         weight, bias: of shape normalized_shape, or None for 1 and 0.
         out_sum: receives the sum; may be x or residual.
+        axis: the axes that are normalized, in place of the last: one, or several that follow each
+            other. axis=1 normalizes the channels of (N, C, *spatial) at every place, as it lies,
+            without a transpose. No residual then, unless they are the last axes.
 
     Returns:
         y like x; with a residual (y, sum). With return_stats also the Statistics of the leading
@@ -513,11 +554,12 @@ def layer_norm(
     """
     name = "layer_norm"
     x = check_input(name, x)
-    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
     check_trailing(name, x, shape, weight=weight, bias=bias)
     after = activation, negative_slope, approximate
+    _only_rows(name, order, shape_of, x, residual=residual)
     return _forward(
-        name, x, out, None, shape_of, weight, bias, eps, leading, return_stats, 0, backend,
+        name, x, out, order, shape_of, weight, bias, eps, others, return_stats, 0, backend,
         num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
         out_sum=out_sum,
     )
@@ -531,7 +573,7 @@ def _with_sum(name, x, residual, out_sum, *after):
 
 def layer_norm_backward(
     dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
-    dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none",
+    dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
 ):
     """Gradients of layer_norm; the formula of batch_norm_backward with means over a row.
 
@@ -539,6 +581,7 @@ def layer_norm_backward(
         dy, x: (*leading, *normalized_shape), of one dtype; x is the sum where there was a residual.
         stats: Statistics of the leading shape from the forward.
         dsum: what else arrived at the sum as a gradient, like x: added to dx.
+        axis: the forward's.
 
     Returns:
         Gradients(dx, dweight, dbias), the last two of shape normalized_shape. dx is the gradient of
@@ -546,11 +589,12 @@ def layer_norm_backward(
     """
     name = "layer_norm_backward"
     x = check_input(name, x)
-    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
     check_trailing(name, x, shape, weight=weight, bias=bias)
+    _only_rows(name, order, shape_of, x, dsum=dsum)
     fused = check_fused(name, x, activation, negative_slope, approximate, None, bias, dsum)
     return _backward(
-        name, dy, x, stats, weight, out, None, shape_of, leading, shape, 0, backend, num_threads,
+        name, dy, x, stats, weight, out, order, shape_of, others, shape, 0, backend, num_threads,
         True, fused,
     )
 
@@ -558,9 +602,9 @@ def layer_norm_backward(
 def rms_norm(
     x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
     num_threads=None, residual=None, out_sum=None, activation=None, negative_slope=0.01,
-    approximate="none",
+    approximate="none", axis=None,
 ):
-    """Divide by the root of the mean square over the trailing axes.
+    """Divide by the root of the mean square over the trailing axes, or over others.
 
     Formula, with sum = x + residual (rounded to x's dtype):
         y = activation(sum / sqrt(mean(sum*sum) + eps) * weight)
@@ -571,6 +615,9 @@ def rms_norm(
         weight: of shape normalized_shape, or None for 1.
         eps: None is the machine epsilon of x's dtype.
         out_sum: receives the sum; may be x or residual.
+        axis: the axes that are normalized, in place of the last: one, or several that follow each
+            other. axis=1 normalizes the channels of (N, C, *spatial) at every place, as it lies,
+            without a transpose. No residual then, unless they are the last axes.
 
     Returns:
         y like x; with a residual (y, sum). With return_stats also the Statistics of the leading
@@ -581,13 +628,14 @@ def rms_norm(
     """
     name = "rms_norm"
     x = check_input(name, x)
-    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
     check_trailing(name, x, shape, weight=weight)
     if eps is None:
         eps = x.eps if isinstance(x, DeviceArray) else TABLE[x.dtype].eps
     after = activation, negative_slope, approximate
+    _only_rows(name, order, shape_of, x, residual=residual)
     return _forward(
-        name, x, out, None, shape_of, weight, None, eps, leading, return_stats, NO_MEAN, backend,
+        name, x, out, order, shape_of, weight, None, eps, others, return_stats, NO_MEAN, backend,
         num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
         out_sum=out_sum,
     )
@@ -595,7 +643,7 @@ def rms_norm(
 
 def rms_norm_backward(
     dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
-    dsum=None, activation=None, negative_slope=0.01, approximate="none",
+    dsum=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
 ):
     """Gradients of rms_norm.
 
@@ -606,16 +654,18 @@ def rms_norm_backward(
         dy, x: (*leading, *normalized_shape), of one dtype; x is the sum where there was a residual.
         stats: Statistics of the leading shape from the forward.
         dsum: what else arrived at the sum as a gradient, like x: added to dx.
+        axis: the forward's.
 
     Returns:
         Gradients(dx, dweight, None), dweight of shape normalized_shape.
     """
     name = "rms_norm_backward"
     x = check_input(name, x)
-    shape, leading, shape_of = _normalized_shape(name, x, normalized_shape)
+    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
     check_trailing(name, x, shape, weight=weight)
+    _only_rows(name, order, shape_of, x, dsum=dsum)
     fused = check_fused(name, x, activation, negative_slope, approximate, dsum=dsum)
     return _backward(
-        name, dy, x, stats, weight, out, None, shape_of, leading, shape, NO_MEAN, backend,
+        name, dy, x, stats, weight, out, order, shape_of, others, shape, NO_MEAN, backend,
         num_threads, False, fused,
     )

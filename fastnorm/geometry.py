@@ -13,8 +13,10 @@ This is the only Python file that knows NCHW and NHWC (its C twin is kernels/sim
     group, NCHW       N       1      G    C/G    S
     group, NHWC       N       S      G    C/G    1       instance norm: G = C
     rows              rows    1      1    D      1       layer and RMS norm
+    across            before  1      1    D      1       the same over other than the last axes
 
-S is the product of the spatial axes.
+S is the product of the spatial axes. Of sets across, s lie side by side: before and s are the
+products of the axes before and behind those that are normalized.
 """
 
 from functools import lru_cache
@@ -27,13 +29,14 @@ CHANNELS_FIRST = {"NCHW": True, "channels_first": True, "NHWC": False, "channels
 
 
 class Geometry(NamedTuple):
-    """Sizes of the five axes; see the table above."""
+    """Sizes of the axes; see the table above."""
 
     b: int
     o: int
     g: int
     k: int
     i: int
+    s: int = 1
 
     @property
     def values(self):
@@ -100,3 +103,11 @@ def rows(shape, normalized_ndim):
     """One set for each index of the leading axes."""
     split = len(shape) - normalized_ndim
     return Geometry(prod(shape[:split]), 1, 1, prod(shape[split:]), 1)
+
+
+@lru_cache(maxsize=1024)
+def across(shape, start, stop):
+    """One set for each index of the axes before and behind [start, stop)."""
+    behind = prod(shape[stop:])
+    return Geometry(prod(shape[:start]) * min(behind, 1), 1, 1, prod(shape[start:stop]), 1,
+                    max(behind, 1))

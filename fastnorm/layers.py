@@ -218,6 +218,11 @@ class GroupNorm(Layer):
 class _RowNorm(Layer):
     """What layer and RMS norm share."""
 
+    axis = None
+
+    def _common(self):
+        return super()._common() | {"axis": self.axis}
+
     def _keep(self, x, results):
         """Keep what the backward needs, and hand out y, or (y, sum)."""
         *results, stats = results
@@ -228,6 +233,7 @@ class _RowNorm(Layer):
         return (
             f"{self.normalized_shape}, eps={self.eps},"
             f" elementwise_affine={self.elementwise_affine}"
+            + (f", axis={self.axis}" if self.axis is not None else "")
         )
 
 
@@ -243,6 +249,7 @@ class LayerNorm(_RowNorm):
         elementwise_affine: whether there is a weight (and a bias) for each place.
         bias: whether there is a bias.
         dtype, backend, activation, negative_slope, approximate: see fastnorm.layers.
+        axis: the axes that are normalized, in place of the last; see fastnorm.layer_norm.
 
     Shape:
         (*, *normalized_shape) in, the same out.
@@ -256,9 +263,10 @@ class LayerNorm(_RowNorm):
 
     def __init__(
         self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, *, dtype=np.float32,
-        backend=None, activation=None, negative_slope=0.01, approximate="none",
+        backend=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
     ):
         super().__init__("NCHW", dtype, backend, activation, negative_slope, approximate)
+        self.axis = axis
         self.normalized_shape = _shape(normalized_shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
@@ -292,6 +300,7 @@ class RMSNorm(_RowNorm):
         eps: added to the mean square; None is the machine epsilon of the input's dtype.
         elementwise_affine: whether there is a weight for each place.
         dtype, backend, activation, negative_slope, approximate: see fastnorm.layers.
+        axis: the axes that are normalized, in place of the last; see fastnorm.layer_norm.
 
     Shape:
         (*, *normalized_shape) in, the same out.
@@ -305,9 +314,10 @@ class RMSNorm(_RowNorm):
 
     def __init__(
         self, normalized_shape, eps=None, elementwise_affine=True, *, dtype=np.float32,
-        backend=None, activation=None, negative_slope=0.01, approximate="none",
+        backend=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
     ):
         super().__init__("NCHW", dtype, backend, activation, negative_slope, approximate)
+        self.axis = axis
         self.normalized_shape = _shape(normalized_shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine

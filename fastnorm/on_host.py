@@ -70,7 +70,7 @@ def forward(
     mean = var = rstd = None
     moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
     if return_stats or (moves and sizes.b > 1):
-        mean, var, rstd = np.empty((3, sizes.b * sizes.g))
+        mean, var, rstd = np.empty((3, sizes.b * sizes.g * sizes.s))
     engine.forward(
         sizes, view, y, parameters[0], parameters[1], eps, mean, var, rstd, parameters[2],
         parameters[3], momentum, flags, num_threads, fused,

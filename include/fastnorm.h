@@ -68,6 +68,7 @@ typedef enum fastnorm_status {
     FASTNORM_SIZE_OVERFLOW = 31,        /* the array would not fit the address space */
     FASTNORM_NOT_DIVISIBLE = 32,        /* channels are not a multiple of groups */
     FASTNORM_TOO_FEW_VALUES = 33,       /* running_var moves on one value per channel */
+    FASTNORM_BAD_GEOMETRY = 34,         /* s is above 1, and one of o, g and i too */
     FASTNORM_BAD_EPS = 40,              /* eps or momentum is not a finite number */
     FASTNORM_OVERLAP = 50,              /* an output overlaps another buffer */
     FASTNORM_WORKSPACE_TOO_SMALL = 60,  /* see fastnorm_workspace_size */
@@ -219,6 +220,10 @@ FASTNORM_API fastnorm_status fastnorm_rms_norm_backward(
 
 typedef struct fastnorm_geometry {
     int64_t b, o, g, k, i;
+    /* Sets side by side: neighbouring values are those of s sets in turn, x[b][o][g][k][i][s], with
+     * statistics for each (b, g, s). 0 is 1, and more only where o, g and i are 1: layer norm over
+     * an axis that others follow, such as the channels of NCHW, is {n, 1, 1, c, 1, spatial}. */
+    int64_t s;
 } fastnorm_geometry;
 
 typedef enum fastnorm_flags {
@@ -244,7 +249,7 @@ typedef struct fastnorm_forward_args {
     const void *bias;
     void *running_mean;  /* [g]. Updated in place with the mean over b of the statistics, */
     void *running_var;   /* unless FASTNORM_GIVEN_STATISTICS. Each may be NULL */
-    double *mean;        /* [b][g], outputs, each may be NULL */
+    double *mean;        /* [b][g][s], outputs, each may be NULL */
     double *var;
     double *rstd;
     const void *residual; /* like x, or NULL */
@@ -261,20 +266,20 @@ typedef struct fastnorm_backward_args {
     const void *dy;
     const void *x;
     const void *weight;
-    const double *mean;  /* [b][g]; NULL with FASTNORM_NO_MEAN */
-    const double *rstd;  /* [b][g] */
+    const double *mean;  /* [b][g][s]; NULL with FASTNORM_NO_MEAN */
+    const double *rstd;  /* [b][g][s] */
     void *dx;
     void *dweight;       /* [g][k], may be NULL */
     void *dbias;         /* [g][k], may be NULL */
     const void *bias;     /* with an activation, the forward's bias and residual; else unused */
     const void *residual;
     void *dresidual;      /* like x, or NULL: see fastnorm_backward */
-    const void *dsum;     /* like x, or NULL; only where o and i are 1 */
+    const void *dsum;     /* like x, or NULL; only where o, i and s are 1 */
 } fastnorm_backward_args;
 
 /* y = activation((x - mean)*rstd*weight + bias + residual). Statistics of an empty set are 0.
  *
- * Where `sum` is not NULL (o and i must be 1, statistics not given), the residual is added before
+ * Where `sum` is not NULL (o, i and s must be 1, statistics not given), the residual is added before
  * instead: sum = x + residual, rounded to dtype, is normalized in the place of x. It may be x or
  * the residual; y may be either too, but not sum. */
 FASTNORM_API fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,

@@ -88,8 +88,8 @@ static size_t count_of(const problem *p, int which)
     const fastnorm_geometry *s = &p->shape;
     if (which == WEIGHT || which == BIAS || which == DWEIGHT || which == DBIAS)
         return (size_t)(s->g * s->k);
-    if (which >= MEAN) return (size_t)(s->b * s->g);
-    return (size_t)(s->b * s->o * s->g * s->k * s->i);
+    if (which >= MEAN) return (size_t)(s->b * s->g * (s->s > 1 ? s->s : 1));
+    return (size_t)(s->b * s->o * s->g * s->k * s->i * (s->s > 1 ? s->s : 1));
 }
 
 static void store(buffer *into, size_t at, int32_t dtype, float value)
@@ -195,9 +195,9 @@ static void test_guard_pages(const problem *p)
             status = run(p, found, &options);
             if (status != FASTNORM_BAD_ISA &&
                 !CHECK(status == FASTNORM_OK && same_bits(wanted, found)))
-                printf("  shape %d %d %d %d %d, dtype %d, flags %d, activation %d, level %d\n",
+                printf("  shape %d %d %d %d %d %d, dtype %d, flags %d, activation %d, level %d\n",
                        (int)p->shape.b, (int)p->shape.o, (int)p->shape.g, (int)p->shape.k,
-                       (int)p->shape.i, p->dtype, p->flags, p->activation, options.isa);
+                       (int)p->shape.i, (int)p->shape.s, p->dtype, p->flags, p->activation, options.isa);
             close_buffers(found);
         }
     close_buffers(wanted);
@@ -207,7 +207,8 @@ static void test_shapes(int turns)
 {
     static const int64_t sizes[] = {1, 1, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 49, 63, 65, 100, 129};
     static const fastnorm_geometry large[] = {
-        {1, 3, 2, 1, 40001}, {2, 1, 1, 70001, 1}, {1, 4001, 17, 1, 1}, {1, 40, 70, 1, 49}};
+        {1, 3, 2, 1, 40001, 1}, {2, 1, 1, 70001, 1, 1}, {1, 4001, 17, 1, 1, 1},
+        {1, 40, 70, 1, 49, 1}, {1, 1, 1, 50, 1, 1500}};
     for (int turn = 0; turn < turns; turn++) {
         problem p;
         uint32_t seed = (uint32_t)turn * 2654435761u + 1;
@@ -218,13 +219,16 @@ static void test_shapes(int turns)
             for (int at = 0; at < 5; at++) *axis[at] = sizes[below(sizeof sizes / sizeof *sizes)];
             if (below(2)) p.shape.i = 1;
             if (below(3) == 0) p.shape.o = p.shape.i = 1;
+            if (below(4) == 0) p.shape.o = p.shape.g = p.shape.i = 1;
         } while (p.shape.b * p.shape.o * p.shape.g * p.shape.k * p.shape.i > 20000);
-        if (turn % 25 == 0) p.shape = large[turn / 25 % 4];
+        if (p.shape.o == 1 && p.shape.g == 1 && p.shape.i == 1 && below(2))
+            p.shape.s = sizes[below(sizeof sizes / sizeof *sizes)];
+        if (turn % 25 == 0) p.shape = large[turn / 25 % 5];
         p.dtype = FASTNORM_FLOAT32 + turn % 4;
         p.flags = below(4) == 0 ? FASTNORM_NO_MEAN : 0;
         p.activation = (int32_t)below(6);
         p.residual = (int)below(2);
-        p.sum = p.residual && p.shape.o == 1 && p.shape.i == 1 && below(2);
+        p.sum = p.residual && p.shape.o == 1 && p.shape.i == 1 && p.shape.s < 2 && below(2);
         test_guard_pages(&p);
     }
 }
@@ -253,7 +257,7 @@ void free(void *memory)
 static void test_allocations(void)
 {
 #if defined(COUNTED_MALLOC)
-    const problem p = {{3, 1, 5, 4, 50}, FASTNORM_FLOAT32, 0, FASTNORM_SILU, 1, 0};
+    const problem p = {{3, 1, 5, 4, 50, 1}, FASTNORM_FLOAT32, 0, FASTNORM_SILU, 1, 0};
     buffer all[BUFFERS], before[BUFFERS];
     fastnorm_options options;
     size_t bytes = 0;
@@ -293,7 +297,7 @@ static void test_allocations(void)
 
 static void test_bad_calls(int turns)
 {
-    const problem p = {{2, 1, 3, 4, 5}, FASTNORM_FLOAT32, 0, 0, 0, 0};
+    const problem p = {{2, 1, 3, 4, 5, 1}, FASTNORM_FLOAT32, 0, 0, 0, 0};
     buffer all[BUFFERS], before[BUFFERS];
     int refused = 0;
     open_buffers(&p, all, PAGE_BEHIND);
@@ -359,7 +363,7 @@ static void test_bad_calls(int turns)
 
 static void test_the_callers_state(void)
 {
-    const problem p = {{4, 1, 30, 2, 700}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0};
+    const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0};
     buffer all[BUFFERS];
     sigset_t signals, after;
     open_buffers(&p, all, ORDINARY);
@@ -382,7 +386,7 @@ static void test_the_callers_state(void)
 /* A child, its child and its child, after the parent had threads. */
 static void test_nested_forks(void)
 {
-    const problem p = {{4, 1, 30, 2, 700}, FASTNORM_FLOAT32, 0, 0, 0, 0};
+    const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, 0, 0, 0};
     buffer wanted[BUFFERS], found[BUFFERS];
     int status = -1;
     pid_t child;

@@ -32,7 +32,7 @@ static float x[SIZE], dy[SIZE], y[SIZE], dx[SIZE];
 static float weight[CHANNELS], bias[CHANNELS], dweight[CHANNELS], dbias[CHANNELS];
 static float running_mean[G], running_var[G];
 static double mean[SETS], var[SETS], rstd[SETS];
-static const fastnorm_geometry shape = {B, O, G, K, I};
+static const fastnorm_geometry shape = {B, O, G, K, I, 1};
 
 static fastnorm_forward_args forward_args(void)
 {
@@ -136,6 +136,10 @@ static void test_errors(void)
     REFUSED_FORWARD(s.o = -1, FASTNORM_NEGATIVE_SIZE);
     REFUSED_FORWARD(s.i = INT64_MAX / 2, FASTNORM_SIZE_OVERFLOW);
     REFUSED_FORWARD(s.b = 0; s.o = s.g = s.k = s.i = (int64_t)1 << 31, FASTNORM_SIZE_OVERFLOW);
+    REFUSED_FORWARD(s.s = -1, FASTNORM_NEGATIVE_SIZE);
+    REFUSED_FORWARD(s.s = 2, FASTNORM_BAD_GEOMETRY); /* o, g and i are not 1 */
+    REFUSED_FORWARD(s.o = s.g = s.i = 1; s.s = 9; a.flags = FASTNORM_GIVEN_STATISTICS; s.b = 1,
+                    FASTNORM_BAD_FLAGS);
     REFUSED_FORWARD(o.num_threads = -1, FASTNORM_NEGATIVE_SIZE);
     REFUSED_FORWARD(o.isa = 77, FASTNORM_BAD_ISA);
     REFUSED_FORWARD(o.workspace = small; o.workspace_size = 64, FASTNORM_WORKSPACE_TOO_SMALL);
@@ -237,7 +241,7 @@ static void test_values(void)
 static void test_fusion(void)
 {
     static float z[SIZE], dz[SIZE], wanted[SIZE], residual[SIZE], sum[SIZE], dresidual[SIZE];
-    const fastnorm_geometry rows = {SIZE / CHANNELS, 1, 1, CHANNELS, 1};
+    const fastnorm_geometry rows = {SIZE / CHANNELS, 1, 1, CHANNELS, 1, 1};
     static double row_mean[SIZE / CHANNELS], row_rstd[SIZE / CHANNELS];
     fastnorm_forward_args forward = forward_args();
     fastnorm_backward_args backward = backward_args();

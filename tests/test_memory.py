@@ -16,7 +16,7 @@ LIMIT = 2 << 20  # bytes
 class Sizes(ctypes.Structure):
     """fastnorm_geometry of fastnorm.h."""
 
-    _fields_ = [(axis, ctypes.c_int64) for axis in "bogki"]
+    _fields_ = [(axis, ctypes.c_int64) for axis in "bogkis"]
 
 
 def sizes_of(cell):

@@ -104,7 +104,7 @@ struct BatchNorm {
     fastnorm_status operator()(int64_t n, int64_t spatial, const float *x, const float *residual,
                                float *out, const fastnorm_options &options)
     {
-        const fastnorm_geometry nchw = {1, n, static_cast<int64_t>(mean.size()), 1, spatial};
+        const fastnorm_geometry nchw = {1, n, static_cast<int64_t>(mean.size()), 1, spatial, 1};
         fastnorm_forward_args args = {};
         args.struct_size = sizeof args;
         args.dtype = FASTNORM_FLOAT32;

@@ -19,7 +19,7 @@ cdef extern from "fastnorm.h" nogil:
     int FASTNORM_OUT_OF_MEMORY
 
     ctypedef struct fastnorm_geometry:
-        int64_t b, o, g, k, i
+        int64_t b, o, g, k, i, s
 
     ctypedef struct fastnorm_options:
         size_t struct_size
@@ -155,7 +155,7 @@ def fits(int64_t size, arrays):
 
 
 cdef void load_geometry(fastnorm_geometry* into, geometry) except *:
-    into.b, into.o, into.g, into.k, into.i = geometry
+    into.b, into.o, into.g, into.k, into.i, into.s = geometry
 
 
 cdef void start(fastnorm_options* options, int num_threads) except *:

@@ -17,6 +17,7 @@ from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
 from fastnorm.backends.numba_jit import KERNELS, launched
 from fastnorm.dtypes import TABLE
+from fastnorm.geometry import Geometry
 
 FEW = 16  # sets, below which large ones are cut into pieces
 TILE = 65536  # values in a piece
@@ -79,6 +80,29 @@ def _streaming(moved, into, *read):
     return int(moved > _last_level_bytes() and all(into.ctypes.data != a.ctypes.data for a in read))
 
 
+# Sets across are computed as rows of a transposed copy: two more passes over memory each way.
+
+
+def _turn(geometry, array):
+    if array is None:
+        return None
+    return np.ascontiguousarray(array.reshape(geometry.b, geometry.k, geometry.s).swapaxes(1, 2))
+
+
+def _turned(geometry, arrays, fused):
+    """The geometry, arrays and Fused of rows."""
+    rows_of = Geometry(geometry.b * geometry.s, 1, 1, geometry.k, 1)
+    fused = fused._replace(
+        residual=_turn(geometry, fused.residual), dresidual=_turn(geometry, fused.dresidual)
+    )
+    return rows_of, [_turn(geometry, array) for array in arrays], fused
+
+
+def _turn_back(geometry, turned, into):
+    shape = geometry.b, geometry.s, geometry.k
+    into.reshape(geometry.b, geometry.k, geometry.s)[...] = turned.reshape(shape).swapaxes(1, 2)
+
+
 def _in_columns(geometry):
     return geometry.i == 1 and geometry.o > 1
 
@@ -91,6 +115,13 @@ def forward(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
     num_threads, fused=NOTHING,
 ):
+    if geometry.s > 1:
+        rows_of, turned, fused = _turned(geometry, (x,), fused)
+        into = np.empty_like(turned[0])
+        forward(rows_of, *turned, into, weight, bias, eps, mean, var, rstd, running_mean,
+                running_var, momentum, flags, num_threads, fused)
+        _turn_back(geometry, into, y)
+        return
     sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
     if fused.sum is not None:
         x = np.add(x, fused.residual, out=fused.sum)
@@ -107,7 +138,7 @@ def forward(
     weight = _parameter(weight, x.dtype, channels, 1)
     bias = _parameter(bias, x.dtype, channels, 0)
     flat = (_flat(x), y.reshape(-1))
-    sizes = tuple(geometry)
+    sizes = tuple(geometry[:5])
     streaming = _streaming(2 * x.nbytes, y, x)
     with launched(num_threads, 2 * x.nbytes) as run:
         if _in_columns(geometry):
@@ -149,7 +180,7 @@ def forward(
 
 def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
                              streaming):
-    sizes = tuple(geometry)
+    sizes = tuple(geometry[:5])
     cut, tiles = columns.cut_columns(geometry)
     x, y = flat
     coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
@@ -174,6 +205,16 @@ def _move(running, found, geometry, momentum):
 def backward(
     geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused=NOTHING
 ):
+    if geometry.s > 1:
+        given = fused
+        rows_of, turned, fused = _turned(geometry, (dy, x), fused)
+        into = np.empty_like(turned[0])
+        backward(rows_of, *turned, weight, mean, rstd, into, dweight, dbias, flags, num_threads,
+                 fused)
+        _turn_back(geometry, into, dx)
+        if fused.dresidual is not None:
+            _turn_back(geometry, fused.dresidual, given.dresidual)
+        return
     sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
     if x.size == 0:
         for gradient in (dweight, dbias):
@@ -186,7 +227,7 @@ def backward(
     weight = _parameter(weight, x.dtype, channels, 1)
     dsum = _apart(fused.dsum, dx)
     dy, x, dx = (_flat(array) for array in (dy, x, dx))
-    sizes = tuple(geometry)
+    sizes = tuple(geometry[:5])
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
     parts = geometry.b
     if geometry.i == geometry.o == 1:

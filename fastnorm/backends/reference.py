@@ -28,15 +28,15 @@ def supports(dtype):
 
 
 def _parameter(geometry, array, otherwise):
-    """weight or bias as (1, 1, g, k, 1)."""
+    """weight or bias as (1, 1, g, k, 1, 1)."""
     if array is None:
         array = np.full(geometry.g * geometry.k, otherwise)
-    return array.astype(np.float64).reshape(1, 1, geometry.g, geometry.k, 1)
+    return array.astype(np.float64).reshape(1, 1, geometry.g, geometry.k, 1, 1)
 
 
 def _statistic(geometry, array):
-    """(b*g) as (b, 1, g, 1, 1)."""
-    return array.reshape(-1, 1, geometry.g, 1, 1)
+    """(b*g*s) as (b, 1, g, 1, 1, s)."""
+    return array.reshape(-1, 1, geometry.g, 1, 1, geometry.s)
 
 
 def _sets(geometry, x):
@@ -162,7 +162,7 @@ def backward(
         result *= found_rstd
         for into, terms in ((dweight, grad * xhat), (dbias, grad)):
             if into is not None:
-                into[...] = np.sum(terms, axis=(0, 1, 4)).reshape(into.shape)
+                into[...] = np.sum(terms, axis=(0, 1, 4, 5)).reshape(into.shape)
         if fused.dsum is not None:
             result += _sets(geometry, fused.dsum)
         dx[...] = result.reshape(dx.shape)

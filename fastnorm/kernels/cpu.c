@@ -16,12 +16,17 @@
     void columns_forward_##type##_##level(const fn_task *);  \
     void columns_backward_##type##_##level(const fn_task *); \
     size_t rows_scratch_##type##_##level(const fn_task *);   \
-    size_t columns_scratch_##type##_##level(const fn_task *);
+    size_t columns_scratch_##type##_##level(const fn_task *); \
+    void across_forward_##type##_##level(const fn_task *);   \
+    void across_backward_##type##_##level(const fn_task *);  \
+    size_t across_scratch_##type##_##level(const fn_task *);
 
 #define TABLE(type, level)                                                    \
     {rows_forward_##type##_##level,     rows_backward_##type##_##level,       \
      columns_forward_##type##_##level,  columns_backward_##type##_##level,    \
-     rows_scratch_##type##_##level,     columns_scratch_##type##_##level}
+     rows_scratch_##type##_##level,     columns_scratch_##type##_##level,     \
+     across_forward_##type##_##level,   across_backward_##type##_##level,     \
+     across_scratch_##type##_##level}
 
 #define DECLARE_ALL(level) \
     DECLARE(float32, level) DECLARE(float64, level) DECLARE(float16, level) DECLARE(bfloat16, level)

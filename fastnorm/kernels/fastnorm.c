@@ -35,6 +35,7 @@ const char *fastnorm_status_string(fastnorm_status status)
     case FASTNORM_BAD_ISA: return "not a fastnorm_isa, or this processor lacks it";
     case FASTNORM_BAD_FLAGS: return "unknown flags, or flags that exclude each other";
     case FASTNORM_BAD_ACTIVATION: return "not a fastnorm_activation, or negative_slope is not finite";
+    case FASTNORM_BAD_GEOMETRY: return "s is above 1, and one of o, g and i too";
     case FASTNORM_BAD_FUSION: return "sum, dsum or dresidual where this call has no use for it";
     case FASTNORM_NEGATIVE_SIZE: return "a size is negative";
     case FASTNORM_SIZE_OVERFLOW: return "the array would not fit the address space";
@@ -77,11 +78,12 @@ static fastnorm_status multiply(int64_t *product, int64_t factor)
 /* Every product of sizes that is used anywhere fits, in bytes, also where another size is 0. */
 static fastnorm_status check_geometry(const fastnorm_geometry *s)
 {
-    const int64_t sizes[] = {s->b, s->o, s->g, s->k, s->i};
+    const int64_t sizes[] = {s->b, s->o, s->g, s->k, s->i, s->s};
     int64_t bytes = 64;
-    for (int at = 0; at < 5; at++)
+    for (int at = 0; at < 6; at++)
         if (sizes[at] < 0) return FASTNORM_NEGATIVE_SIZE;
-    for (int at = 0; at < 5; at++) TRY(multiply(&bytes, sizes[at] > 0 ? sizes[at] : 1));
+    for (int at = 0; at < 6; at++) TRY(multiply(&bytes, sizes[at] > 0 ? sizes[at] : 1));
+    if (s->s > 1 && (s->o != 1 || s->g != 1 || s->i != 1)) return FASTNORM_BAD_GEOMETRY;
     return FASTNORM_OK;
 }
 
@@ -145,6 +147,12 @@ typedef struct pieces {
 
 static int in_columns(const fn_task *task) { return task->i == 1 && task->o > 1; }
 
+static size_t scratch_bytes(const fn_task *task, const fn_kernels *kernels)
+{
+    if (task->s > 1) return kernels->across_scratch(task);
+    return in_columns(task) ? kernels->columns_scratch(task) : kernels->rows_scratch(task);
+}
+
 static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_kernels *kernels,
                     pieces *out)
 {
@@ -155,8 +163,7 @@ static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_ke
     out->dbias = take(from, channels * sizeof(double));
     out->weight = take(from, channels * dtype_size(work_dtype(dtype)));
     out->bias = take(from, channels * dtype_size(work_dtype(dtype)));
-    out->scratch =
-        take(from, in_columns(task) ? kernels->columns_scratch(task) : kernels->rows_scratch(task));
+    out->scratch = take(from, scratch_bytes(task, kernels));
 }
 
 static void set_geometry(fn_task *task, const fastnorm_geometry *s)
@@ -167,8 +174,11 @@ static void set_geometry(fn_task *task, const fastnorm_geometry *s)
     task->g = s->g;
     task->k = s->k;
     task->i = s->i;
+    task->s = s->s > 1 ? s->s : 1;
     task->l2 = fn_l2_bytes();
 }
+
+static int64_t sets_of(const fastnorm_geometry *s) { return s->b * s->g * (s->s > 1 ? s->s : 1); }
 
 static int is_empty(const fastnorm_geometry *s)
 {
@@ -196,7 +206,7 @@ fastnorm_status fastnorm_workspace_size(const fastnorm_geometry *geometry, fastn
 /* The one place that decides between serial and parallel, plain and streaming stores. */
 static void choose_threads_and_stores(fn_task *task, const fastnorm_options *options, size_t size)
 {
-    size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i) * size;
+    size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i * task->s) * size;
     size_t arrays = (task->dy ? 3 : 2) + (task->residual ? 1 : 0) + (task->terms[0] ? 2 : 0) +
                     (task->dsum ? 1 : 0) + (task->upstream && task->dy != task->y ? 1 : 0);
     size_t traffic = bytes * arrays;
@@ -323,17 +333,19 @@ static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_
                                      const fastnorm_options *options, int32_t params)
 {
     const int given = a->flags & FASTNORM_GIVEN_STATISTICS;
-    const size_t size = dtype_size(a->dtype), sets = (size_t)(s->b * s->g);
+    const size_t size = dtype_size(a->dtype), sets = (size_t)sets_of(s);
     const size_t bytes = sets * (size_t)(s->o * s->k * s->i) * size;
     const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
     const size_t running = (size_t)s->g * dtype_size(params);
     if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
     if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS | FASTNORM_BIASED_RUNNING_VAR))
         return FASTNORM_BAD_FLAGS;
-    if (given && (s->b != 1 || a->flags & FASTNORM_NO_MEAN)) return FASTNORM_BAD_FLAGS;
+    if (given && (s->b != 1 || s->s > 1 || a->flags & FASTNORM_NO_MEAN)) return FASTNORM_BAD_FLAGS;
+    if (s->s > 1 && (a->running_mean || a->running_var)) return FASTNORM_BAD_FLAGS;
     if (!isfinite(a->eps) || !isfinite(a->momentum)) return FASTNORM_BAD_EPS;
     TRY(check_activation(a->activation, a->negative_slope));
-    if (a->sum && (!a->residual || given || s->o != 1 || s->i != 1)) return FASTNORM_BAD_FUSION;
+    if (a->sum && (!a->residual || given || s->o != 1 || s->i != 1 || s->s > 1))
+        return FASTNORM_BAD_FUSION;
     if (bytes && (!a->x || !a->y)) return FASTNORM_NULL_POINTER;
     if (given && s->g && (!a->running_mean || !a->running_var)) return FASTNORM_NULL_POINTER;
     if (!given && s->b > 1 && bytes &&
@@ -400,9 +412,9 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     TRY(check_geometry(geometry));
     TRY(check_forward(geometry, args, &options, params));
     if (is_empty(geometry)) {
-        zero(args->mean, geometry->b * geometry->g);
-        zero(args->var, geometry->b * geometry->g);
-        zero(args->rstd, geometry->b * geometry->g);
+        zero(args->mean, sets_of(geometry));
+        zero(args->var, sets_of(geometry));
+        zero(args->rstd, sets_of(geometry));
         return FASTNORM_OK;
     }
     TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
@@ -430,7 +442,7 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     task.var = args->var;
     task.rstd = args->rstd;
     task.scratch = part.scratch;
-    if (task.given || geometry->b == 1) {
+    if (task.given || (geometry->b == 1 && task.s == 1)) {
         if (task.given || !task.mean) task.mean = part.mean;
         if (task.given || !task.var) task.var = part.var;
     }
@@ -444,7 +456,8 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
         }
     }
     choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
-    (in_columns(&task) ? kernels->columns_forward : kernels->rows_forward)(&task);
+    (task.s > 1 ? kernels->across_forward
+     : in_columns(&task) ? kernels->columns_forward : kernels->rows_forward)(&task);
     if (!task.given) {
         double count = (double)(geometry->o * geometry->k * geometry->i);
         double unbiased = args->flags & FASTNORM_BIASED_RUNNING_VAR ? 1.0 : count / (count - 1.0);
@@ -460,13 +473,13 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
 static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm_backward_args *a,
                                       const fastnorm_options *options, int32_t params)
 {
-    const size_t size = dtype_size(a->dtype), sets = (size_t)(s->b * s->g);
+    const size_t size = dtype_size(a->dtype), sets = (size_t)sets_of(s);
     const size_t bytes = sets * (size_t)(s->o * s->k * s->i) * size;
     const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
     if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
     if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS)) return FASTNORM_BAD_FLAGS;
     TRY(check_activation(a->activation, a->negative_slope));
-    if (a->dsum && (s->o != 1 || s->i != 1)) return FASTNORM_BAD_FUSION;
+    if (a->dsum && (s->o != 1 || s->i != 1 || s->s > 1)) return FASTNORM_BAD_FUSION;
     if (a->dresidual && !a->activation) return FASTNORM_BAD_FUSION;
     if (bytes && (!a->dy || !a->x || !a->dx || !a->rstd)) return FASTNORM_NULL_POINTER;
     if (bytes && !a->mean && !(a->flags & FASTNORM_NO_MEAN)) return FASTNORM_NULL_POINTER;
@@ -543,7 +556,8 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.dbias = part.dbias;
     task.scratch = part.scratch;
     choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
-    (in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
+    (task.s > 1 ? kernels->across_backward
+     : in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
     put_all(args->dweight, params, part.dweight, channels);
     put_all(args->dbias, params, part.dbias, channels);
     free(allocated);

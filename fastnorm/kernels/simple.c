@@ -17,8 +17,8 @@ static fastnorm_status check(fastnorm_layout layout, int64_t n, int64_t channels
 static fastnorm_geometry batch_geometry(fastnorm_layout layout, int64_t n, int64_t channels,
                                         int64_t spatial)
 {
-    fastnorm_geometry nchw = {1, n, channels, 1, spatial};
-    fastnorm_geometry nhwc = {1, n * spatial, channels, 1, 1};
+    fastnorm_geometry nchw = {1, n, channels, 1, spatial, 1};
+    fastnorm_geometry nhwc = {1, n * spatial, channels, 1, 1, 1};
     return layout == FASTNORM_NCHW ? nchw : nhwc;
 }
 
@@ -27,8 +27,8 @@ static fastnorm_geometry group_geometry(fastnorm_layout layout, int64_t n, int64
                                         int64_t spatial, int64_t groups)
 {
     int64_t size = groups ? channels / groups : 0;
-    fastnorm_geometry nchw = {n, 1, groups, size, spatial};
-    fastnorm_geometry nhwc = {n, spatial, groups, size, 1};
+    fastnorm_geometry nchw = {n, 1, groups, size, spatial, 1};
+    fastnorm_geometry nhwc = {n, spatial, groups, size, 1, 1};
     return layout == FASTNORM_NCHW ? nchw : nhwc;
 }
 
@@ -131,7 +131,7 @@ fastnorm_status fastnorm_instance_norm_backward(
 
 static fastnorm_geometry row_geometry(int64_t rows, int64_t columns)
 {
-    fastnorm_geometry geometry = {rows, 1, 1, columns, 1};
+    fastnorm_geometry geometry = {rows, 1, 1, columns, 1, 1};
     return geometry;
 }
 

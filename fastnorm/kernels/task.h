@@ -8,7 +8,7 @@
 #include "fastnorm.h"
 
 typedef struct fn_task {
-    int64_t b, o, g, k, i; /* the geometry of fastnorm.h */
+    int64_t b, o, g, k, i, s; /* the geometry of fastnorm.h; s at least 1 */
     int has_mean;          /* 0: the mean is taken as 0 */
     int given;             /* statistics are constants: read mean and var, or mean and rstd */
     int stream;            /* outputs pass the caches by */
@@ -28,7 +28,7 @@ typedef struct fn_task {
     const void *terms[2];
     const void *dsum;
     double eps;
-    double *mean; /* [b][g]; forward: outputs, each may be NULL. Backward: inputs */
+    double *mean; /* [b][g][s]; forward: outputs, each may be NULL. Backward: inputs */
     double *var;
     double *rstd;
     double *dweight; /* [g][k] or both NULL */
@@ -48,6 +48,9 @@ typedef struct fn_kernels {
     void (*columns_backward)(const fn_task *);
     size_t (*rows_scratch)(const fn_task *); /* bytes of scratch for either direction */
     size_t (*columns_scratch)(const fn_task *);
+    void (*across_forward)(const fn_task *);
+    void (*across_backward)(const fn_task *);
+    size_t (*across_scratch)(const fn_task *);
 } fn_kernels;
 
 /* parallel.c */

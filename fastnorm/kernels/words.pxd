@@ -39,7 +39,7 @@ cdef extern from "words.h" nogil:
     double FN_TINY
 
     ctypedef struct fn_task:
-        int64_t b, o, g, k, i
+        int64_t b, o, g, k, i, s
         int has_mean, given, stream
         const void* x
         const void* dy

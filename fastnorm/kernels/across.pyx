@@ -1,0 +1,407 @@
+"""The across loop order: o, g and i are 1 and s > 1. A set's k values lie s apart, and s sets lie
+side by side, as where an image with its channels first is normalized over them at every place.
+
+A strip of neighbouring sets is finished while its values are in the second-level cache: sums run
+down its columns, each with its own set, and the map goes along its rows, each with its own weight.
+x is read once and y written once; in a backward dy and x are read once and dx is written once.
+
+A few rows are mapped at a time, so that the coefficients of their columns are read once for all of
+them (1.3 times faster in cache than row by row). Which thread takes which strip never changes a bit: dweight is summed by parts of the strips that
+depend on the geometry alone, and merged in their order.
+"""
+
+from libc.string cimport memcpy, memset
+
+from fastnorm.kernels.words cimport *
+
+cdef enum:
+    PLACES = 1024  # in a strip, at most
+    PARTS = 32  # of the strips, that sum dweight each for themselves
+    SAMPLED = 4  # values of a set whose average its sums are taken about
+
+
+cdef struct plan:
+    const fn_task* task
+    int64_t places  # in a strip
+    int64_t strips  # of a slice of b
+    int64_t units
+    int64_t parts
+    double* partial  # [parts][2][k]
+
+
+cdef struct strip:
+    # Of one strip, for each place: coefficients of its set, sums, and coefficients of the row that
+    # is under way. With room for a whole vec behind the last place.
+    work hi[PLACES + 16]
+    work scale[PLACES + 16]
+    work shift[PLACES + 16]
+    work s[PLACES + 16]
+    work q[PLACES + 16]
+    work row_scale[PLACES + 16]
+    work row_shift[PLACES + 16]
+    double total_s[PLACES]
+    double total_q[PLACES]
+
+
+cdef void cut(plan* p, const fn_task* t) noexcept nogil:
+    cdef int64_t row = t.k * <int64_t> sizeof(stored)
+    p.task = t
+    # Whole lines of every type; by the geometry alone, of a small second-level cache.
+    p.places = (192 << 10) // row // 64 * 64
+    p.places = minimum(PLACES, maximum(64, p.places))
+    p.strips = ceil_div(t.s, p.places)
+    p.units = t.b * p.strips
+    p.parts = minimum(PARTS, p.units)
+    p.partial = <double*> t.scratch
+
+
+cdef public size_t across_scratch(const fn_task* t) noexcept nogil:
+    """Bytes of scratch for a forward or a backward."""
+    cdef plan p
+    cut(&p, t)
+    return 2 * p.parts * t.k * sizeof(double)
+
+
+cdef inline int64_t bounds(const plan* p, int64_t unit, int64_t* n, int64_t* set_) noexcept nogil:
+    """Where a unit's strip starts, its places and the number of its first set."""
+    cdef int64_t b = unit // p.strips, first = unit % p.strips * p.places
+    n[0] = minimum(p.places, p.task.s - first)
+    set_[0] = b * p.task.s + first
+    return b * p.task.k * p.task.s + first
+
+
+cdef inline void flush(strip* w, int64_t n) noexcept nogil:
+    cdef int64_t c
+    for c in range(n):
+        w.total_s[c] = w.total_s[c] + <double> w.s[c]
+        w.total_q[c] = w.total_q[c] + <double> w.q[c]
+    memset(w.s, 0, n * sizeof(work))
+    memset(w.q, 0, n * sizeof(work))
+
+
+cdef inline void clear(strip* w) noexcept nogil:
+    memset(w.s, 0, sizeof(w.s))
+    memset(w.q, 0, sizeof(w.q))
+    memset(w.total_s, 0, sizeof(w.total_s))
+    memset(w.total_q, 0, sizeof(w.total_q))
+
+
+# ---- forward -----------------------------------------------------------------------------
+
+
+cdef inline void sample_sets(const fn_task* t, const stored* x, int64_t n,
+                             strip* w) noexcept nogil:
+    """hi = a value near each set's mean, exactly the constant of a constant set."""
+    cdef int64_t count = minimum(SAMPLED, t.k), j, c
+    cdef double inverse = 1.0 / <double> count
+    cdef const stored* row
+    memset(w.hi, 0, sizeof(w.hi))
+    if not t.has_mean:
+        return
+    memset(w.total_s, 0, sizeof(w.total_s))
+    for j in range(1, count):
+        row = x + j * t.k // count * t.s
+        for c in range(n):
+            w.total_s[c] = w.total_s[c] + (<double> widen(row[c]) - <double> widen(x[c]))
+    for c in range(n):
+        w.total_s[c] = <double> widen(x[c]) + w.total_s[c] * inverse
+        w.hi[c] = on_grid(<work> w.total_s[c]) if fabs(w.total_s[c]) < 1e37 else <work> 0
+
+
+cdef void exact_set(const fn_task* t, const stored* x, double about, double* mean,
+                    double* var) noexcept nogil:
+    """The mean, then the variance about it, in double."""
+    cdef double s, q, d, count = <double> t.k
+    cdef int64_t _turn, r
+    mean[0] = about
+    for _turn in range(2):
+        s = q = 0
+        for r in range(t.k):
+            d = <double> widen(x[r * t.s]) - mean[0]
+            s += d
+            q += d * d
+        if not t.has_mean:
+            s = 0
+        mean[0] += s / count
+        # In the second turn s is what the first has left.
+        var[0] = (q - s * s / count) / count
+
+
+cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, int64_t n,
+                             strip* w) noexcept nogil:
+    """Statistics out, and into w the coefficients of y = (x - hi)*scale + shift.
+
+    Whole loops over arrays, so that the divisions and roots are vectors'."""
+    cdef double count = <double> t.k, inverse = 1.0 / count, eps = t.eps, s
+    cdef double* mean = w.total_s
+    cdef double* var = w.total_q
+    cdef int64_t c
+    cdef int any_cancels = 0
+    if not t.has_mean:
+        memset(w.total_s, 0, n * sizeof(double))
+    for c in range(n):
+        any_cancels |= <int> cancels(w.total_s[c], w.total_q[c], count)
+    if any_cancels:
+        for c in range(n):
+            s = w.total_s[c]
+            if cancels(s, w.total_q[c], count):
+                exact_set(t, x + c, w.hi[c], &mean[c], &var[c])
+            else:
+                mean[c] = <double> w.hi[c] + s * inverse
+                var[c] = (w.total_q[c] - s * s * inverse) * inverse
+    else:
+        for c in range(n):
+            s = w.total_s[c]
+            mean[c] = <double> w.hi[c] + s * inverse
+            var[c] = (w.total_q[c] - s * s * inverse) * inverse
+    if t.mean != NULL:
+        memcpy(t.mean + set_, mean, n * sizeof(double))
+    if t.var != NULL:
+        memcpy(t.var + set_, var, n * sizeof(double))
+    for c in range(n):
+        var[c] = 1.0 / sqrt(var[c] + eps)
+    if t.rstd != NULL:
+        memcpy(t.rstd + set_, var, n * sizeof(double))
+    for c in range(n):
+        w.hi[c] = <work> mean[c]
+        w.scale[c] = <work> var[c]
+        w.shift[c] = <work> (-(mean[c] - <double> w.hi[c]) * var[c])
+
+
+cdef inline void map_columns(
+    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, const work* hi,
+    const work* scale, const work* shift, const work* dscale, int64_t n, const work* weight,
+    const work* bias, bint streaming, int vectors
+) noexcept nogil:
+    """map_rows of n = vectors*WIDTH columns, or fewer in one vec."""
+    cdef vec h[CHUNK]
+    cdef vec a[CHUNK]
+    cdef vec b[CHUNK]
+    cdef vec e[CHUNK]
+    cdef vec z[CHUNK]
+    cdef bint whole = n == vectors * WIDTH
+    cdef int64_t row
+    cdef int v
+    for v in range(vectors):
+        h[v] = load_work(hi + v * WIDTH)
+        a[v] = load_work(scale + v * WIDTH)
+        b[v] = load_work(shift + v * WIDTH)
+        if dy != NULL:
+            e[v] = load_work(dscale + v * WIDTH)
+    for row in range(rows):
+        for v in range(vectors):
+            z[v] = load(x + v * WIDTH) if whole else load_part(x, n, 0)
+            z[v] = (z[v] - h[v]) * a[v] + b[v]
+            if dy == NULL:
+                z[v] = z[v] * splat(weight[row]) + splat(bias[row])
+            else:
+                z[v] = z[v] + ((load(dy + v * WIDTH) if whole else load_part(dy, n, 0))
+                               * (e[v] * splat(weight[row])))
+        for v in range(vectors):
+            if whole:
+                put(y + v * WIDTH, z[v], streaming)
+            else:
+                store_part(y, n, z[v])
+        x += stride
+        dy = past(dy, stride)
+        y += stride
+
+
+cdef inline void map_rows(
+    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
+    const work* hi, const work* scale, const work* shift, const work* dscale, const work* weight,
+    const work* bias, bint streaming
+) noexcept nogil:
+    """y = ((x - hi)*scale + shift)*weight + bias, or where dy is not NULL,
+    y = (x - hi)*scale + shift + dy*(dscale*weight); hi, scale, shift and dscale of a column, weight
+    and bias of a row. Rows are streamed where each starts at a line."""
+    cdef int64_t c = 0
+    cdef bint lines = (streaming and until_aligned(y) == 0
+                       and stride * <int64_t> sizeof(stored) % 64 == 0)
+    while c + CHUNK * WIDTH <= n:
+        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
+                    past_weight(dscale, c), CHUNK * WIDTH, weight, bias, lines, CHUNK)
+        c += CHUNK * WIDTH
+    while c < n:
+        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
+                    past_weight(dscale, c), minimum(WIDTH, n - c), weight, bias, False, 1)
+        c += WIDTH
+
+
+cdef inline void load_row(strip* w, int64_t n, work weight, work bias) noexcept nogil:
+    cdef int64_t c
+    for c in range(n):
+        w.row_scale[c] = w.scale[c] * weight
+        w.row_shift[c] = w.shift[c] * weight + bias
+
+
+cdef void forward_unit(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef strip w
+    cdef int64_t n, set_, row = 0, count, since = 0
+    cdef int64_t at = bounds(p, index, &n, &set_)
+    cdef const stored* x = <const stored*> t.x + at
+    cdef const work* weight = <const work*> t.weight
+    cdef const work* bias = <const work*> t.bias
+    sample_sets(t, x, n, &w)
+    clear(&w)
+    while row < t.k:
+        count = minimum(STEP, t.k - row)
+        sum_rows(x + row * t.s, NULL, count, t.s, n, w.hi, w.s, w.q)
+        row += count
+        since += count
+        if since >= RUN or row == t.k:
+            flush(&w, n)
+            since = 0
+    finish_sets(t, x, set_, n, &w)
+    if fused(t):
+        for row in range(t.k):
+            load_row(&w, n, weight[row], bias[row])
+            map_fused(t, at + row * t.s, n, w.hi, w.row_scale, w.row_shift, True, NULL, NULL)
+    else:
+        row = 0
+        while row < t.k:
+            map_rows(x + row * t.s, NULL, <stored*> t.y + at + row * t.s,
+                     minimum(STEP, t.k - row), t.s, n, w.hi, w.scale, w.shift, NULL, weight + row,
+                     bias + row, t.stream)
+            row += STEP
+    if t.stream:
+        stream_end()
+
+
+cdef public void across_forward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cut(&p, t)
+    fn_parallel_for(t, p.units, forward_unit, &p, False)
+
+
+# ---- backward ----------------------------------------------------------------------------
+
+
+cdef inline void sum_row_step(
+    const stored* x, const stored* dy, int64_t n, strip* w, int64_t p, vec weight, vec* a, vec* b
+) noexcept nogil:
+    """LANES places; n of them where n is not LANES."""
+    cdef vec d, u, s, q
+    cdef int64_t at, count
+    cdef int v
+    for v in range(VECTORS):
+        at = p + v * WIDTH
+        count = minimum(WIDTH, n - v * WIDTH)
+        if count <= 0:
+            return
+        if n == LANES:
+            d = load(x + at) - load_work(w.hi + at)
+            u = load(dy + at)
+        else:
+            d = load_part(x + at, count, 0) - load_work(w.hi + at)
+            u = load_part(dy + at, count, 0)
+        a[v] = a[v] + u * (d * load_work(w.scale + at) + load_work(w.shift + at))
+        b[v] = b[v] + u
+        u = u * weight
+        s = load_work(w.s + at) + u
+        q = plus(u * d, load_work(w.q + at))
+        memcpy(w.s + at, &s, sizeof(vec))
+        memcpy(w.q + at, &q, sizeof(vec))
+
+
+cdef inline void sum_row(const stored* x, const stored* dy, int64_t n, strip* w, work weight,
+                         double* dweight, double* dbias) noexcept nogil:
+    """Onto w.s and w.q the terms of each set, onto dweight and dbias those of the row."""
+    cdef vec a[VECTORS]
+    cdef vec b[VECTORS]
+    cdef int64_t p = 0
+    cdef int v
+    for v in range(VECTORS):
+        a[v] = b[v] = splat(0)
+    while p + LANES <= n:
+        sum_row_step(x, dy, LANES, w, p, splat(weight), a, b)
+        p += LANES
+    if p < n:
+        sum_row_step(x, dy, n - p, w, p, splat(weight), a, b)
+    dweight[0] += fold_lanes(a, NULL)
+    dbias[0] += fold_lanes(b, NULL)
+
+
+cdef inline void start_sets(const fn_task* t, int64_t set_, int64_t n, strip* w) noexcept nogil:
+    """Into w a forward's coefficients, from what it found; 0 behind the last place."""
+    cdef double mean
+    cdef int64_t c
+    memset(w.hi, 0, sizeof(w.hi))
+    memset(w.scale, 0, sizeof(w.scale))
+    memset(w.shift, 0, sizeof(w.shift))
+    for c in range(n):
+        mean = t.mean[set_ + c] if t.has_mean else 0
+        w.hi[c] = <work> mean
+        w.scale[c] = <work> t.rstd[set_ + c]
+        w.shift[c] = <work> (-(mean - <double> w.hi[c]) * t.rstd[set_ + c])
+
+
+cdef inline void finish_terms(const fn_task* t, int64_t set_, int64_t n,
+                              strip* w) noexcept nogil:
+    """From the sums of gy and gy*(x - hi), the coefficients of
+
+        dx = dy*rstd*weight + (x - hi)*row_scale + row_shift,
+
+    while scale stays rstd."""
+    cdef double inverse = 1.0 / <double> t.k, lo, rstd, m1, m2
+    cdef int64_t c
+    for c in range(n):
+        rstd = t.rstd[set_ + c]
+        lo = t.mean[set_ + c] - <double> w.hi[c] if t.has_mean else 0
+        m1 = w.total_s[c] * inverse if t.has_mean else 0
+        m2 = rstd * (w.total_q[c] - lo * w.total_s[c]) * inverse
+        if t.given:
+            m1 = m2 = 0
+        w.row_scale[c] = <work> (-rstd * rstd * m2)
+        w.row_shift[c] = <work> (rstd * (rstd * m2 * lo - m1))
+
+
+cdef void backward_part(void* context, int64_t part) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef strip w
+    cdef int64_t unit, n, set_, at, row
+    cdef double* dweight = p.partial + 2 * part * t.k
+    cdef const work* weight = <const work*> t.weight
+    cdef const stored* x
+    cdef const stored* dy
+    memset(dweight, 0, 2 * t.k * sizeof(double))
+    for unit in range(part * p.units // p.parts, (part + 1) * p.units // p.parts):
+        at = bounds(p, unit, &n, &set_)
+        x = <const stored*> t.x + at
+        dy = <const stored*> t.dy + at
+        start_sets(t, set_, n, &w)
+        if t.upstream != NULL:
+            for row in range(t.k):
+                load_row(&w, n, weight[row], (<const work*> t.bias)[row])
+                map_fused(t, at + row * t.s, n, w.hi, w.row_scale, w.row_shift, True, NULL, NULL)
+        clear(&w)
+        for row in range(t.k):
+            sum_row(x + row * t.s, dy + row * t.s, n, &w, weight[row], dweight + row,
+                    dweight + t.k + row)
+            if row % RUN == RUN - 1 or row == t.k - 1:
+                flush(&w, n)
+        finish_terms(t, set_, n, &w)
+        row = 0
+        while row < t.k:
+            map_rows(x + row * t.s, dy + row * t.s, <stored*> t.y + at + row * t.s,
+                     minimum(STEP, t.k - row), t.s, n, w.hi, w.row_scale, w.row_shift, w.scale,
+                     weight + row, NULL, t.stream)
+            row += STEP
+    if t.stream:
+        stream_end()
+
+
+cdef public void across_backward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cdef int64_t part, row
+    cut(&p, t)
+    fn_parallel_for(t, p.parts, backward_part, &p, False)
+    for row in range(t.k):
+        t.dweight[row] = t.dbias[row] = 0
+    for part in range(p.parts):
+        for row in range(t.k):
+            t.dweight[row] += p.partial[2 * part * t.k + row]
+            t.dbias[row] += p.partial[(2 * part + 1) * t.k + row]
