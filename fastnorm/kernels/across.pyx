@@ -15,6 +15,7 @@ from libc.string cimport memcpy, memset
 from fastnorm.kernels.words cimport *
 
 cdef enum:
+    SMALL = 196608  # bytes of a strip that leave room in a second-level cache
     PLACES = 1024  # in a strip, at most
     PARTS = 32  # of the strips, that sum dweight each for themselves
     SAMPLED = 4  # values of a set whose average its sums are taken about
@@ -46,8 +47,11 @@ cdef struct strip:
 cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     cdef int64_t row = t.k * <int64_t> sizeof(stored)
     p.task = t
-    # Whole lines of every type; by the geometry alone, of a small second-level cache.
-    p.places = (192 << 10) // row // 64 * 64
+    # Whole lines of every type, but all places where they are not many: what lies in one piece is
+    # foreseen (1.2 times faster at 14x14). By the geometry alone.
+    p.places = SMALL // row // 64 * 64
+    if t.s * row <= 2 * SMALL:
+        p.places = t.s
     p.places = minimum(PLACES, maximum(64, p.places))
     p.strips = ceil_div(t.s, p.places)
     p.units = t.b * p.strips
