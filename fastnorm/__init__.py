@@ -9,6 +9,8 @@ from fastnorm.functional import (
     group_norm_backward,
     instance_norm,
     instance_norm_backward,
+)
+from fastnorm.functional_rows import (
     layer_norm,
     layer_norm_backward,
     rms_norm,

@@ -345,6 +345,7 @@ def batch_norm_backward(
     negative_slope: float = ...,
     approximate: Approximate = ...,
     ghost_size: int | None = ...,
+    from_output: bool = ...,
 ) -> Gradients: ...
 @overload
 def batch_norm_backward(
@@ -364,6 +365,7 @@ def batch_norm_backward(
     negative_slope: float = ...,
     approximate: Approximate = ...,
     ghost_size: int | None = ...,
+    from_output: bool = ...,
 ) -> GradientsWithResidual: ...
 @overload
 def instance_norm_backward(

@@ -1,4 +1,5 @@
-"""The normalizations as functions: check, find the geometry, call a backend.
+"""Batch, instance and group norm as functions: check, find the geometry, call a backend. (Layer
+and RMS norm are in functional_rows.py.)
 
 Every argument is checked, by checks.py, before anything is written. Names, order and defaults
 follow torch.nn.functional. Arrays are NumPy's, or any library's on a GPU (see device.py), and
@@ -27,8 +28,15 @@ dtype; where there is no residual whose gradient it is, out holds it for a while
     Raises        TypeError for a wrong type or dtype, ValueError for a wrong shape or value
 """
 
-from fastnorm import batch_statistics, config, geometry, on_device, on_host
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
+import numpy as np
+
+from fastnorm import batch_statistics, call, geometry
+from fastnorm.backends import (
+    BIASED_RUNNING_VAR,
+    GIVEN_STATISTICS,
+    LEAKY_RELU,
+    NOTHING,
+)
 from fastnorm.checks import (
     channels_first,
     check_channels,
@@ -36,53 +44,11 @@ from fastnorm.checks import (
     check_fused,
     check_input,
     check_number,
-    check_trailing,
     check_writable,
     seen,
 )
 from fastnorm.device import DeviceArray
-from fastnorm.dtypes import TABLE
 from fastnorm.results import Statistics
-
-# ---- the two calls that all functions come down to ------------------------------------------
-
-
-def _forward(
-    name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats, flags,
-    backend, num_threads, running=(None, None), momentum=0.0, fused=NOTHING, with_sum=False,
-    out_sum=None,
-):
-    """On x's place; see on_host.forward."""
-    eps = check_number(name, "eps", eps)
-    num_threads = config.check_threads(name, num_threads)
-    if isinstance(x, DeviceArray):
-        return on_device.forward(
-            name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats,
-            flags, backend, running, momentum,
-        )
-    return on_host.forward(
-        name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats, flags,
-        config.choose(name, backend, x.dtype), num_threads, running, momentum, fused, with_sum,
-        out_sum,
-    )
-
-
-def _backward(
-    name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
-    backend, num_threads, with_bias=True, fused=NOTHING, out_residual=None,
-):
-    dy = check_input(name, dy, "dy", like=x)
-    num_threads = config.check_threads(name, num_threads)
-    if isinstance(x, DeviceArray):
-        return on_device.backward(
-            name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape,
-            flags, backend, with_bias,
-        )
-    return on_host.backward(
-        name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
-        config.choose(name, backend, x.dtype), num_threads, with_bias, fused, out_residual,
-    )
-
 
 # ---- batch norm ----------------------------------------------------------------------------
 
@@ -170,7 +136,7 @@ def batch_norm(
     if ghosts is None and (by_batch or not moves) and not (moves and nan_policy != "propagate"):
         if by_batch and not moves:
             running = None, None
-        return _forward(
+        return call.forward(
             name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats,
             flags if by_batch else GIVEN_STATISTICS, backend, num_threads, running, momentum, fused,
         )
@@ -181,10 +147,10 @@ def batch_norm(
         )
 
     if out is not None:
-        on_host.check_out(name, out, x, (("x", x), ("residual", fused.residual)))
+        call.check_out(name, out, x, (("x", x), ("residual", fused.residual)))
 
     def of_batch(x, out, shape_of, stats_shape, fused):
-        return _forward(
+        return call.forward(
             name, x, out, first, shape_of, weight, bias, eps, stats_shape, True, 0, backend,
             num_threads, fused=fused,
         )
@@ -196,7 +162,7 @@ def batch_norm(
             stats = Statistics(found.mean[0], found.var[0], found.rstd[0]) if counts else found
     else:
         _, found, counts = batch_statistics.forward(of_batch, x, channels, None, NOTHING, None)
-        y, stats = _forward(
+        y, stats = call.forward(
             name, x, out, first, geometry.batch, weight, bias, eps, (channels,), True,
             GIVEN_STATISTICS, backend, num_threads, running, fused=fused,
         )
@@ -250,7 +216,7 @@ def _check_training(name, x, sets, eps, weight, bias, running_mean=None, running
 def batch_norm_backward(
     dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None,
     bias=None, residual=None, out_residual=None, activation=None, negative_slope=0.01,
-    approximate="none", ghost_size=None,
+    approximate="none", ghost_size=None, from_output=False,
 ):
     """Gradients of batch_norm.
 
@@ -268,6 +234,10 @@ def batch_norm_backward(
             forward.
         out: receives dx; may be dy or x.
         out_residual: receives dresidual; may be dy or residual.
+        from_output: x is the forward's output instead of its input, which is found again from it
+            and put in its place, so that a forward with out=x keeps nothing else (Rota Bulò,
+            Porzi and Kontschieder, "In-Place Activated BatchNorm", 2018). What can be turned back:
+            no activation or leaky_relu with a negative_slope above 0, no residual, no weight of 0.
 
     Returns:
         Gradients(dx, dweight, dbias), the last two of shape (C,), whether or not there is a
@@ -279,8 +249,12 @@ def batch_norm_backward(
     first = channels_first(name, layout)
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
     fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
+    if from_output:
+        _check_turning_back(name, x, weight, bias, fused, ghost_size, out, out_residual)
+        check_input(name, dy, "dy", like=x)
+        x = _turned_back(x, stats, weight, bias, fused, layout, backend, num_threads)
     if ghost_size is None or getattr(stats, "given", False):
-        return _backward(
+        return call.backward(
             name, dy, x, stats, weight, out, first, geometry.batch, (channels,), (channels,), 0,
             backend, num_threads, True, fused, out_residual,
         )
@@ -289,19 +263,51 @@ def batch_norm_backward(
     if isinstance(x, DeviceArray):
         raise ValueError(f"{name}: x is on a GPU, where ghost_size is not served yet")
     shape = (-(-x.shape[0] // ghosts), channels)
-    stats = Statistics(*(on_host.statistic(name, stats, a, shape) for a in ("mean", "var", "rstd")))
-    on_host.check_gradients_out(name, dy, x, weight, out, out_residual, fused)
+    stats = Statistics(*(call.statistic(name, stats, a, shape) for a in ("mean", "var", "rstd")))
+    call.check_gradients_out(name, dy, x, weight, out, out_residual, fused)
 
-    def call(dy, x, stats, out, shape_of, stats_shape, fused, out_residual):
-        return _backward(
+    def of_part(dy, x, stats, out, shape_of, stats_shape, fused, out_residual):
+        return call.backward(
             name, dy, x, stats, weight, out, first, shape_of, stats_shape, (channels,), 0, backend,
             num_threads, True, fused, out_residual,
         )
 
     dtype = x.dtype if weight is None else weight.dtype
     return batch_statistics.backward(
-        call, dy, x, stats, channels, out, fused, out_residual, ghosts, dtype
+        of_part, dy, x, stats, channels, out, fused, out_residual, ghosts, dtype
     )
+
+
+def _check_turning_back(name, x, weight, bias, fused, ghost_size, out, out_residual):
+    leaky = fused.activation == LEAKY_RELU and fused.slope > 0
+    told = None
+    if isinstance(x, DeviceArray):
+        told = "an array on a GPU"
+    elif fused.activation and not leaky:
+        told = "an activation other than leaky_relu with a negative_slope above 0"
+    elif fused.residual is not None or ghost_size is not None:
+        told = "a residual or a ghost_size"
+    elif weight is not None and not np.all(weight):
+        told = "a weight that is 0"
+    if told is not None:
+        raise ValueError(f"{name}: from_output with {told}, expected none: see its description")
+    others = (("weight", weight), ("bias", bias), ("out", out), ("out_residual", out_residual))
+    check_writable(name, "x", x, *others)
+
+
+def _turned_back(y, stats, weight, bias, fused, layout, backend, num_threads):
+    """The input from the output, in its place: leaky ReLU's inverse is one with the inverse slope,
+    and that of an affine map one of its own."""
+    common = {"layout": layout, "out": y, "backend": backend, "num_threads": num_threads, "eps": 0}
+    channels = stats.mean.size
+    if fused.activation:
+        unit = np.zeros(channels), np.ones(channels)
+        batch_norm(
+            y, *unit, activation="leaky_relu", negative_slope=1 / fused.slope, **common
+        )
+    scale = stats.rstd * (1.0 if weight is None else weight.astype(np.float64))
+    offset = np.zeros(channels) if bias is None else bias
+    return batch_norm(y, offset, np.square(scale), np.sign(scale), stats.mean, **common)
 
 
 # ---- group and instance norm ----------------------------------------------------------------
@@ -346,7 +352,7 @@ def group_norm(
     first = channels_first(name, layout)
     check_channels(name, x, layout, first, weight=weight, bias=bias)
     groups, shape_of = _groups(name, x, num_groups, first)
-    return _forward(
+    return call.forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], groups), return_stats, 0,
         backend, num_threads,
         fused=check_fused(name, x, activation, negative_slope, approximate, residual),
@@ -374,7 +380,7 @@ def group_norm_backward(
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
     groups, shape_of = _groups(name, x, num_groups, first)
     fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
-    return _backward(
+    return call.backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], groups), (channels,), 0,
         backend, num_threads, True, fused, out_residual,
     )
@@ -421,13 +427,13 @@ def instance_norm(
                 f"{name}: running_mean or running_var is None, expected arrays of shape"
                 f" ({channels},) with use_input_stats=False"
             )
-        return _forward(
+        return call.forward(
             name, x, out, first, geometry.batch, weight, bias, eps, (channels,), return_stats,
             GIVEN_STATISTICS, backend, num_threads, (running_mean, running_var), fused=fused,
         )
     _check_training(name, x, x.shape[0] * channels, eps, weight, bias, running_mean, running_var)
     _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
-    return _forward(
+    return call.forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], channels), return_stats, 0,
         backend, num_threads, (running_mean, running_var), momentum, fused,
     )
@@ -461,211 +467,7 @@ def instance_norm_backward(
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
     fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
     _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
-    return _backward(
+    return call.backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], channels), (channels,), 0,
         backend, num_threads, True, fused, out_residual,
-    )
-
-
-# ---- layer and RMS norm ----------------------------------------------------------------------
-
-
-def _normalized_shape(name, x, normalized_shape, axis):
-    """(shape, statistics' shape, channel_order, shape_of) of the axes that are normalized."""
-    try:
-        if hasattr(normalized_shape, "__index__"):
-            shape = (int(normalized_shape),)
-        else:
-            shape = tuple(int(size.__index__()) for size in normalized_shape)
-    except (TypeError, AttributeError):
-        raise TypeError(
-            f"{name}: normalized_shape is {normalized_shape!r}, expected an int or several"
-        ) from None
-    start = x.ndim - len(shape) if axis is None else _first_axis(name, x, axis, len(shape))
-    stop = start + len(shape)
-    if not shape or start < 0 or x.shape[start:stop] != shape:
-        where = "the trailing axes" if axis is None else f"axis {axis}"
-        raise ValueError(f"{name}: normalized_shape is {shape}, expected {where} of x {x.shape}")
-    others = x.shape[:start] + x.shape[stop:]
-    if stop == x.ndim:
-        ndim = len(shape)
-        return shape, others, None, lambda view_shape, _: geometry.rows(view_shape, ndim)
-    if isinstance(x, DeviceArray):
-        raise ValueError(f"{name}: x is on a GPU, where only trailing axes are normalized yet")
-    if (start, stop) == (1, 2):
-        # The channels of an image; where its memory has them last, they are rows.
-        return shape, others, True, lambda view_shape, first: (
-            geometry.across(view_shape, 1, 2) if first else geometry.rows(view_shape, 1)
-        )
-    return shape, others, None, lambda view_shape, _: geometry.across(view_shape, start, stop)
-
-
-def _first_axis(name, x, axis, count):
-    """The first of `count` axes that follow each other."""
-    try:
-        axes = [axis.__index__()] if hasattr(axis, "__index__") else [a.__index__() for a in axis]
-    except (TypeError, AttributeError):
-        raise TypeError(f"{name}: axis is {axis!r}, expected an int or several") from None
-    if any(not -x.ndim <= a < x.ndim for a in axes):
-        raise ValueError(f"{name}: axis is {axis!r}, expected axes of x {x.shape}")
-    axes = [a % x.ndim for a in axes]
-    if not axes or axes != list(range(axes[0], axes[0] + count)):
-        raise ValueError(
-            f"{name}: axis is {axis!r}, expected {count} axes of x {x.shape}, one for each of"
-            " normalized_shape, that follow each other"
-        )
-    return axes[0]
-
-
-def _only_rows(name, channel_order, shape_of, x, **arrays):
-    """Sums before the normalization are taken where the trailing axes are normalized."""
-    for what, array in arrays.items():
-        if array is not None and shape_of(x.shape, channel_order).s > 1:
-            raise ValueError(
-                f"{name}: {what} with an axis that is not the last, expected None; add it apart"
-            )
-
-
-def layer_norm(
-    x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
-    backend=None, num_threads=None, residual=None, out_sum=None, activation=None,
-    negative_slope=0.01, approximate="none", axis=None,
-):
-    """Normalize over the trailing axes, or over others.
-
-    Formula, with sum = x + residual (rounded to x's dtype):
-        y = activation((sum - mean) / sqrt(var + eps) * weight + bias)
-
-    Args:
-        x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
-        normalized_shape: an int or a sequence of ints.
-        weight, bias: of shape normalized_shape, or None for 1 and 0.
-        out_sum: receives the sum; may be x or residual.
-        axis: the axes that are normalized, in place of the last: one, or several that follow each
-            other. axis=1 normalizes the channels of (N, C, *spatial) at every place, as it lies,
-            without a transpose. No residual then, unless they are the last axes.
-
-    Returns:
-        y like x; with a residual (y, sum). With return_stats also the Statistics of the leading
-        shape, last.
-
-    Source:
-        Ba, Kiros and Hinton, "Layer Normalization", 2016.
-    """
-    name = "layer_norm"
-    x = check_input(name, x)
-    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
-    check_trailing(name, x, shape, weight=weight, bias=bias)
-    after = activation, negative_slope, approximate
-    _only_rows(name, order, shape_of, x, residual=residual)
-    return _forward(
-        name, x, out, order, shape_of, weight, bias, eps, others, return_stats, 0, backend,
-        num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
-        out_sum=out_sum,
-    )
-
-
-def _with_sum(name, x, residual, out_sum, *after):
-    if out_sum is not None and residual is None:
-        raise ValueError(f"{name}: out_sum without residual, expected both or none")
-    return check_fused(name, x, *after, residual)
-
-
-def layer_norm_backward(
-    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
-    dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
-):
-    """Gradients of layer_norm; the formula of batch_norm_backward with means over a row.
-
-    Args:
-        dy, x: (*leading, *normalized_shape), of one dtype; x is the sum where there was a residual.
-        stats: Statistics of the leading shape from the forward.
-        dsum: what else arrived at the sum as a gradient, like x: added to dx.
-        axis: the forward's.
-
-    Returns:
-        Gradients(dx, dweight, dbias), the last two of shape normalized_shape. dx is the gradient of
-        the forward's x and of its residual.
-    """
-    name = "layer_norm_backward"
-    x = check_input(name, x)
-    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
-    check_trailing(name, x, shape, weight=weight, bias=bias)
-    _only_rows(name, order, shape_of, x, dsum=dsum)
-    fused = check_fused(name, x, activation, negative_slope, approximate, None, bias, dsum)
-    return _backward(
-        name, dy, x, stats, weight, out, order, shape_of, others, shape, 0, backend, num_threads,
-        True, fused,
-    )
-
-
-def rms_norm(
-    x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
-    num_threads=None, residual=None, out_sum=None, activation=None, negative_slope=0.01,
-    approximate="none", axis=None,
-):
-    """Divide by the root of the mean square over the trailing axes, or over others.
-
-    Formula, with sum = x + residual (rounded to x's dtype):
-        y = activation(sum / sqrt(mean(sum*sum) + eps) * weight)
-
-    Args:
-        x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
-        normalized_shape: an int or a sequence of ints.
-        weight: of shape normalized_shape, or None for 1.
-        eps: None is the machine epsilon of x's dtype.
-        out_sum: receives the sum; may be x or residual.
-        axis: the axes that are normalized, in place of the last: one, or several that follow each
-            other. axis=1 normalizes the channels of (N, C, *spatial) at every place, as it lies,
-            without a transpose. No residual then, unless they are the last axes.
-
-    Returns:
-        y like x; with a residual (y, sum). With return_stats also the Statistics of the leading
-        shape, last: mean 0, var the mean square.
-
-    Source:
-        Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
-    """
-    name = "rms_norm"
-    x = check_input(name, x)
-    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
-    check_trailing(name, x, shape, weight=weight)
-    if eps is None:
-        eps = x.eps if isinstance(x, DeviceArray) else TABLE[x.dtype].eps
-    after = activation, negative_slope, approximate
-    _only_rows(name, order, shape_of, x, residual=residual)
-    return _forward(
-        name, x, out, order, shape_of, weight, None, eps, others, return_stats, NO_MEAN, backend,
-        num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
-        out_sum=out_sum,
-    )
-
-
-def rms_norm_backward(
-    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
-    dsum=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
-):
-    """Gradients of rms_norm.
-
-    Formula, with xhat = x*rstd, dz = dy*activation'(xhat*weight) and gy = dz*weight:
-        dx = rstd * (gy - xhat*mean(gy*xhat)) + dsum, dweight = sum over rows of dz*xhat
-
-    Args:
-        dy, x: (*leading, *normalized_shape), of one dtype; x is the sum where there was a residual.
-        stats: Statistics of the leading shape from the forward.
-        dsum: what else arrived at the sum as a gradient, like x: added to dx.
-        axis: the forward's.
-
-    Returns:
-        Gradients(dx, dweight, None), dweight of shape normalized_shape.
-    """
-    name = "rms_norm_backward"
-    x = check_input(name, x)
-    shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
-    check_trailing(name, x, shape, weight=weight)
-    _only_rows(name, order, shape_of, x, dsum=dsum)
-    fused = check_fused(name, x, activation, negative_slope, approximate, dsum=dsum)
-    return _backward(
-        name, dy, x, stats, weight, out, order, shape_of, others, shape, NO_MEAN, backend,
-        num_threads, False, fused,
     )

@@ -29,7 +29,7 @@ both work.
 
 import numpy as np
 
-from fastnorm import cross_channel, device, functional
+from fastnorm import checks, cross_channel, device, functional, functional_rows
 from fastnorm.dtypes import NAMES, TABLE
 
 
@@ -53,8 +53,8 @@ class Layer:
         self._saved = None
         self._on_gpu = False
         name = type(self).__name__
-        functional.channels_first(name, layout)
-        functional.check_fused(name, None, activation, negative_slope, approximate)
+        checks.channels_first(name, layout)
+        checks.check_fused(name, None, activation, negative_slope, approximate)
         if self.dtype not in TABLE:
             raise TypeError(f"{name}: dtype is {self.dtype}, expected {NAMES}")
 
@@ -274,7 +274,7 @@ class LayerNorm(_RowNorm):
 
     def forward(self, x, residual=None):
         self._follow(x)
-        return self._keep(x, functional.layer_norm(
+        return self._keep(x, functional_rows.layer_norm(
             x, self.normalized_shape, self.weight, self.bias, self.eps, return_stats=True,
             residual=residual, **self._common(),
         ))
@@ -283,7 +283,7 @@ class LayerNorm(_RowNorm):
         """The gradient of the last input (and of its residual), dsum being what arrived at their
         sum from elsewhere; adds to grad_weight and grad_bias."""
         x, stats = self._take_saved()
-        return self._gradients(functional.layer_norm_backward(
+        return self._gradients(functional_rows.layer_norm_backward(
             dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, bias=self.bias,
             **self._common(),
         ))
@@ -325,7 +325,7 @@ class RMSNorm(_RowNorm):
 
     def forward(self, x, residual=None):
         self._follow(x)
-        return self._keep(x, functional.rms_norm(
+        return self._keep(x, functional_rows.rms_norm(
             x, self.normalized_shape, self.weight, self.eps, return_stats=True, residual=residual,
             **self._common(),
         ))
@@ -334,7 +334,7 @@ class RMSNorm(_RowNorm):
         """The gradient of the last input (and of its residual), dsum being what arrived at their
         sum from elsewhere; adds to grad_weight."""
         x, stats = self._take_saved()
-        return self._gradients(functional.rms_norm_backward(
+        return self._gradients(functional_rows.rms_norm_backward(
             dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, **self._common()
         ))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastnorm import functional
+from fastnorm import checks, functional
 from fastnorm.layers import Layer
 
 
@@ -216,7 +216,7 @@ class _Lazy:
     def forward(self, x, residual=None):
         if self.num_features is None:
             self._check_rank(x)
-            first = functional.channels_first(type(self).__name__, self.layout)
+            first = checks.channels_first(type(self).__name__, self.layout)
             alone = isinstance(self, _InstanceNorm) and x.ndim == self._ranks[0]
             self._allocate(x.shape[-1 if not first else 0 if alone else 1])
         return super().forward(x, residual)

@@ -1,4 +1,4 @@
-"""The calls on arrays on a GPU, twins of those on NumPy arrays in on_host.py.
+"""The calls on arrays on a GPU, twins of those on NumPy arrays in call.py.
 
 Nothing is copied: what lies neither in the order of its axes nor in the other layout is refused,
 and so is anything that is not where x is. Work is queued on the stream that x's library uses now;

@@ -337,3 +337,45 @@ def test_without_an_activation_the_residual_gets_dy(engine):
     )
     assert again.dresidual is into
     assert np.array_equal(into, dy)
+
+
+@pytest.mark.parametrize("kind", ["none", "leaky_relu"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_training_step_in_place(layout, kind, engine):
+    """The output in the place of the input, and from it alone the gradients (InPlace-ABN)."""
+    case = Case("batch", (4, 6, 5, 7))
+    x, dy, weight, bias = case.arrays(np.float32)
+    weight[2] = -0.5
+    common = {"layout": layout, "backend": engine} | ACTIVATIONS[kind]
+    x, dy = to_layout(x, layout), to_layout(dy, layout)
+    y, stats = case.forward(x, weight, bias, return_stats=True, **common)
+    wanted = case.backward(dy, x, stats, weight, bias=bias, **common)
+    own = x.copy()
+    again, stats = case.forward(own, weight, bias, return_stats=True, out=own, **common)
+    assert again is own
+    assert np.array_equal(own, y)
+    found = case.backward(dy, own, stats, weight, bias=bias, from_output=True, **common)
+    np.testing.assert_allclose(own, x, atol=2e-5)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"activation": "relu"}, "an activation other than leaky_relu"),
+        ({"activation": "leaky_relu", "negative_slope": 0.0}, "negative_slope above 0"),
+        ({"residual": np.ones((2, 3, 4))}, "a residual"),
+        ({"weight": np.array([1.0, 0.0, 1.0])}, "a weight that is 0"),
+        ({"out": None}, "x is read-only"),
+    ],
+)
+def test_what_cannot_be_turned_back(extra, text):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    _, stats = fastnorm.batch_norm(x, training=True, return_stats=True)
+    before = x.copy()
+    if "read-only" in text:
+        x.setflags(write=False)
+    with pytest.raises(ValueError, match=text):
+        fastnorm.batch_norm_backward(x, x, stats, from_output=True, **extra)
+    assert np.array_equal(x, before)

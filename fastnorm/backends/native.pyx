@@ -115,9 +115,10 @@ cdef inline bint apart(cnp.ndarray a, cnp.ndarray b) noexcept:
 def plain(cnp.ndarray x, out, tuple parameters, tuple beside=()):
     """Whether all arrays are contiguous, aligned and of one type, and `out`, where there is one,
     has x's shape, is writable and shares no memory but with the whole of x or of an array beside
-    it, which have x's shape. A quick yes: no means that functional.py must look closer."""
+    it, which have x's shape. x's type is one of the table. A quick yes: no means that call.py
+    must look closer."""
     cdef int kind = cnp.PyArray_TYPE(x), axis
-    if kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64) or not simple(x, kind):
+    if not simple(x, kind):
         return False
     for array in parameters + beside:
         if array is not None and not simple(array, kind):

@@ -98,7 +98,7 @@ class _Cut:
     """A geometry cut into parts: every channel of a sample, by runs or down columns."""
 
     def __init__(self, sizes, lanes):
-        self.b, self.o, self.g, self.k, self.i = sizes
+        self.b, self.o, self.g, self.k, self.i = sizes[:5]
         self.channels = self.g * self.k
         self.in_columns = self.i == 1
         if self.in_columns:

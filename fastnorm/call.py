@@ -1,15 +1,14 @@
-"""The calls on NumPy arrays, twins of those on arrays on a GPU in on_device.py: what every
-function of functional.py comes down to.
-
-Arrays are computed as they lie, where that is in the order of their axes or in the other layout,
-and else copied.
+"""The two calls that every function comes down to. Arrays on a GPU go on to their twins in
+on_device.py, NumPy arrays to a backend: as they lie, where that is in the order of their axes or in
+the other layout, and else copied.
 """
 
 import numpy as np
 
-from fastnorm import backends, geometry
-from fastnorm.backends import GIVEN_STATISTICS, Fused
-from fastnorm.checks import check_out
+from fastnorm import backends, config, geometry, on_device
+from fastnorm.backends import GIVEN_STATISTICS, NOTHING, Fused
+from fastnorm.checks import check_input, check_number, check_out
+from fastnorm.device import DeviceArray
 from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
 # Most calls have nothing to look at closely, which compiled code sees sooner.
@@ -31,14 +30,23 @@ def _in_one_type(*parameters):
 
 def forward(
     name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats, flags,
-    engine, num_threads, running, momentum, fused, with_sum, out_sum,
+    backend, num_threads, running=(None, None), momentum=0.0, fused=NOTHING, with_sum=False,
+    out_sum=None,
 ):
-    """Check how outputs lie, compute y, and pack the result.
+    """Check what is common, compute y, and pack the result.
 
     channel_order is (layout is channels first) for arrays with a channel axis, else None;
     shape_of(shape, first) gives the geometry of a C-contiguous array. with_sum: the residual is
     added first, and the sum handed out.
     """
+    eps = check_number(name, "eps", eps)
+    num_threads = config.check_threads(name, num_threads)
+    if isinstance(x, DeviceArray):
+        return on_device.forward(
+            name, x, out, channel_order, shape_of, weight, bias, eps, stats_shape, return_stats,
+            flags, backend, running, momentum,
+        )
+    engine = config.choose(name, backend, x.dtype)
     parameters = (weight, bias, *running)
     total, residual = None, fused.residual
     if _plain(x, out, parameters, (residual,)) and (
@@ -118,9 +126,17 @@ def _hand_out(y, first, out, is_out, channel_order):
 
 def backward(
     name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape, flags,
-    engine, num_threads, with_bias, fused, out_residual,
+    backend, num_threads, with_bias=True, fused=NOTHING, out_residual=None,
 ):
-    """Check how outputs lie, compute the gradients, and pack them."""
+    """Check what is common, compute the gradients, and pack them."""
+    dy = check_input(name, dy, "dy", like=x)
+    num_threads = config.check_threads(name, num_threads)
+    if isinstance(x, DeviceArray):
+        return on_device.backward(
+            name, dy, x, stats, weight, out, channel_order, shape_of, stats_shape, param_shape,
+            flags, backend, with_bias,
+        )
+    engine = config.choose(name, backend, x.dtype)
     mean, rstd = (statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
     param_dtype = x.dtype if weight is None else weight.dtype
     # dz is written before dx is: into the residual's gradient, or in the place of dx.
