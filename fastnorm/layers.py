@@ -58,8 +58,8 @@ class Layer:
         if self.dtype not in TABLE:
             raise TypeError(f"{name}: dtype is {self.dtype}, expected {NAMES}")
 
-    def __call__(self, x, *residual):
-        return self.forward(x, *residual)
+    def __call__(self, *inputs, **keywords):
+        return self.forward(*inputs, **keywords)
 
     def _common(self):
         """Keywords of every call of functional.py."""

@@ -279,3 +279,41 @@ def test_a_refused_input_leaves_the_layer_alone():
     with pytest.raises(ValueError, match="4-D"):
         lazy(image(2, 5))
     assert lazy.num_features is None
+
+
+SLIPS = {  # what is changed in a good call: a function of a random generator
+    "x": lambda rng: [None, 3, "x", [[1.0]], np.ones(3, int)][rng.integers(5)],
+    "weight": lambda rng: np.ones(rng.choice([0, 1, 5, 7, 60]), F),
+    "bias": lambda rng: np.ones((6, 1) if rng.random() < 0.5 else 6, rng.choice([int, bool])),
+    "running_mean": lambda rng: read_only(MEAN) if rng.random() < 0.5 else np.ones(5, F),
+    "running_var": lambda rng: [1.0] * 6 if rng.random() < 0.5 else MEAN,
+    "eps": lambda rng: rng.choice([0.0, -1.0, math.nan, math.inf, -math.inf]),
+    "momentum": lambda rng: rng.choice([math.nan, math.inf]) if rng.random() < 0.5 else "0.1",
+    "layout": lambda rng: rng.choice(["NCWH", "nchw", "", "NHCW"]),
+    "out": lambda rng: rng.choice([3, "out"]) if rng.random() < 0.5 else image(2, 6, 4, 6),
+    "backend": lambda rng: rng.choice(["mkl", "Native", ""]) + "?",
+    "num_threads": lambda rng: int(rng.choice([-1, -100, 1 << 20])),
+    "convention": lambda rng: rng.choice(["tf", "Torch"]),
+    "residual": lambda rng: image(2, 6, 5, 4) if rng.random() < 0.5 else X.astype(float),
+    "activation": lambda rng: rng.choice(["swish", "ReLU", "tanh"]),
+    "statistics": lambda rng: rng.choice(["moving", "Batch"]),
+    "nan_policy": lambda rng: rng.choice(["omit", "warn"]),
+    "ghost_size": lambda rng: rng.choice([0, -3]) if rng.random() < 0.5 else 1.5,
+}
+
+
+def test_a_thousand_random_bad_calls():
+    """One to three slips in a good call: an error each time, and nothing written."""
+    rng = np.random.default_rng(0)
+    before = X.copy()
+    good = {"running_mean": MEAN, "running_var": VAR, "out": OUT, "training": True}
+    for _ in range(1000):
+        names = rng.choice(list(SLIPS), rng.integers(1, 4), replace=False)
+        slips = {name: SLIPS[name](rng) for name in names}
+        x = slips.pop("x", X)
+        with pytest.raises((TypeError, ValueError)):
+            fastnorm.batch_norm(x, **(good | slips))
+        assert np.all(OUT == 7)
+        assert np.all(MEAN == 7)
+        assert np.all(VAR == 7)
+    assert np.array_equal(X, before)
