@@ -93,7 +93,7 @@ class Library:
         modules = cythonize(
             [
                 Extension(f"fastnorm.kernels.{name}", [str(KERNELS / f"{name}.pyx")])
-                for name in ("rows", "columns", "across", "fused")
+                for name in ("rows_forward", "rows_backward", "columns", "across", "fused")
             ],
             build_dir=str(self.temporary),
             compiler_directives=NO_PYTHON,

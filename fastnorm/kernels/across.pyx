@@ -6,7 +6,9 @@ down its columns, each with its own set, and the map goes along its rows, each w
 x is read once and y written once; in a backward dy and x are read once and dx is written once.
 
 A few rows are mapped at a time, so that the coefficients of their columns are read once for all of
-them (1.3 times faster in cache than row by row). Which thread takes which strip never changes a bit: dweight is summed by parts of the strips that
+them (with finish_sets in vectors 1.2 to 1.35 times faster than row by row).
+
+Which thread takes which strip never changes a bit: dweight is summed by parts of the strips that
 depend on the geometry alone, and merged in their order.
 """
 

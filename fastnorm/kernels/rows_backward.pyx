@@ -1,0 +1,369 @@
+"""The rows loop order backward; see rows.pxd."""
+
+from libc.string cimport memcpy, memset
+
+from fastnorm.kernels.rows cimport *
+from fastnorm.kernels.words cimport *
+
+
+cdef struct terms:
+    # dx = dy*rstd*weight + (x - hi)*scale + shift;  xhat = (x - hi)*rstd - lo*rstd
+    work hi
+    work scale
+    work shift
+    work offset  # -lo*rstd
+    double lo
+    double rstd
+
+
+cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept nogil:
+    cdef double mean = t.mean[set_] if t.has_mean else 0
+    c.hi = <work> mean
+    c.lo = mean - <double> c.hi
+    c.rstd = t.rstd[set_]
+    c.offset = <work> (-c.lo * c.rstd)
+
+
+cdef inline void finish_terms(const fn_task* t, double gy, double gyd, terms* c) noexcept nogil:
+    """From the sums over the set of gy and of gy*(x - hi)."""
+    cdef double count = <double> (t.o * t.k * t.i)
+    cdef double m1 = gy / count if t.has_mean else 0
+    cdef double m2 = c.rstd * (gyd - c.lo * gy) / count
+    if t.given:
+        m1 = m2 = 0
+    c.scale = <work> (-c.rstd * c.rstd * m2)
+    c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
+
+
+cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at, int64_t runs,
+                             int64_t n) noexcept nogil:
+    """dy of some runs of a channel, from `at` on, taken back through the activation."""
+    cdef const fn_task* t = p.task
+    cdef affine c
+    cdef int64_t r
+    c = affine_of(t, set_ % t.g * t.k + k, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+    for r in range(runs):
+        map_fused(t, at + r * p.stride, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+
+
+cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
+                             double* sums) noexcept nogil:
+    cdef int64_t r0, r1, p0, p1, at
+    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
+    at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
+    if p.task.upstream != NULL:
+        deactivate_channel(p, set_, k, at, r1 - r0, p1 - p0)
+    sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0, p.stride,
+             p1 - p0, hi, sums)
+
+
+cdef inline void map_channel(const plan* p, int64_t start, int64_t channel, int64_t p0, int64_t p1,
+                             const terms* c, int64_t ahead) noexcept nogil:
+    """Places [p0, p1) of the run at `start`, of one channel."""
+    cdef const fn_task* t = p.task
+    cdef int64_t at = start + p0
+    cdef work weight = (<const work*> t.weight)[channel]
+    map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0, c.hi,
+            c.scale, c.shift, <work> (c.rstd * <double> weight), t.stream, ahead)
+
+
+cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const double* sums,
+                             const terms* c, double* dweight, double* dbias,
+                             double* over_set) noexcept nogil:
+    cdef int64_t channel = set_ % p.task.g * p.task.k + k
+    cdef double weight = <double> (<const work*> p.task.weight)[channel]
+    over_set[0] += weight * sums[0]
+    over_set[1] += weight * sums[1]
+    dweight[channel] += c.rstd * (sums[1] - c.lo * sums[0])
+    dbias[channel] += sums[0]
+
+
+cdef void backward_block(void* context, int64_t index) noexcept nogil:
+    """Blocks of groups, for a part of b."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef terms c[BLOCK]
+    cdef double sums[2]
+    cdef double over_set[2]
+    cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, k, _k, tile, r
+    cdef int64_t start, channel, ahead
+    cdef double* dweight = p.partial + 2 * b_tile * t.g * t.k
+    for b in range(b_tile * t.b // p.b_tiles, (b_tile + 1) * t.b // p.b_tiles):
+        set_ = b * t.g + index % p.blocks * p.block
+        end = minimum((b + 1) * t.g, set_ + p.block)
+        fetch_group(p, t.x, set_, minimum(p.group, end - set_))
+        fetch_group(p, t.dy, set_, minimum(p.group, end - set_))
+        while set_ < end:
+            stop = minimum(end, set_ + p.group)
+            ahead = look_ahead(p, stop < end)
+            if t.upstream != NULL:
+                fetch_group(p, t.upstream, set_, stop - set_)
+            if t.residual != NULL:
+                fetch_group(p, t.residual, set_, stop - set_)
+            for s in range(set_, stop):
+                start_terms(t, s, &c[s - set_])
+                over_set[0] = over_set[1] = 0
+                for k in range(t.k):
+                    sums[0] = sums[1] = 0
+                    for tile in range(p.tiles):
+                        sum_channel(p, s, k, tile, c[s - set_].hi, sums)
+                    add_channel(p, s, k, sums, &c[s - set_], dweight, dweight + t.g * t.k, over_set)
+                finish_terms(t, over_set[0], over_set[1], &c[s - set_])
+            for r in range(t.o):
+                start = set_start(t, set_) + r * p.stride
+                channel = set_ % t.g * t.k
+                for s in range(set_, stop):
+                    for _k in range(t.k):
+                        map_channel(p, start, channel, 0, p.n, &c[s - set_], ahead)
+                        start += t.i
+                        channel += 1
+            set_ = stop
+    if t.stream:
+        stream_end()
+
+
+cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
+    """backward_block in slabs."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef slab w
+    cdef affine z
+    cdef terms c[BLOCK]
+    cdef double sums[2 * BLOCK]
+    cdef double over_set[2]
+    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
+    while first < end:
+        sets = minimum(p.group, end - first)
+        for s in range(sets):
+            start_terms(t, first + s, &c[s])
+            fill(w.hi + s * p.n, p.n, c[s].hi)
+        if t.upstream != NULL:
+            for s in range(sets):
+                z = affine_of(t, first + s, t.mean[first + s] if t.has_mean else 0,
+                              t.rstd[first + s])
+                fill(w.s + s * p.n, p.n, z.scale)
+                fill(w.q + s * p.n, p.n, z.shift)
+            for s in range(t.o):
+                map_fused(t, first * p.n + s * p.stride, sets * p.n, w.hi, w.s, w.q, True, NULL,
+                          NULL)
+        sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
+                  &w, sums)
+        for s in range(sets):
+            over_set[0] = over_set[1] = 0
+            add_channel(p, first + s, 0, sums + 2 * s, &c[s], p.partial, p.partial + t.g, over_set)
+            finish_terms(t, over_set[0], over_set[1], &c[s])
+            fill(w.s + s * p.n, p.n, c[s].scale)
+            fill(w.q + s * p.n, p.n, c[s].shift)
+            fill(w.d + s * p.n, p.n, <work> (
+                c[s].rstd * <double> (<const work*> t.weight)[first + s]))
+        map_slabs(p, first * p.n, sets, &w)
+        first += sets
+
+
+cdef inline void backward_vec(
+    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t n,
+    const work* weight, const vec* hi, const vec* rstd, const vec* offset, const vec* scale,
+    const vec* shift, work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows
+) noexcept nogil:
+    """One vec of columns of one or two rows, or a tail of n."""
+    cdef vec d, u
+    cdef vec a = load_work(sum_w)
+    cdef vec b = load_work(sum_b)
+    cdef vec w = load_work(weight) if n == WIDTH else load_work_part(weight, n, 0)
+    cdef int r
+    for r in range(rows):
+        if ahead:
+            fetch(x + r * stride + ahead)
+            fetch(dy + r * stride + ahead)
+        if n == WIDTH:
+            d = load(x + r * stride) - hi[r]
+            u = load(dy + r * stride)
+        else:
+            d = load_part(x + r * stride, n, 0) - hi[r]
+            u = load_part(dy + r * stride, n, 0)
+        a = a + u * (d * rstd[r] + offset[r])
+        b = b + u
+        d = d * scale[r] + shift[r] + u * w * rstd[r]
+        if dsum != NULL:
+            d = d + (load(dsum + r * stride) if n == WIDTH else load_part(dsum + r * stride, n, 0))
+        if n == WIDTH:
+            put(y + r * stride, d, streaming)
+        else:
+            store_part(y + r * stride, n, d)
+    memcpy(sum_w, &a, sizeof(vec))
+    memcpy(sum_b, &b, sizeof(vec))
+
+
+cdef inline void backward_rows(
+    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t n,
+    const work* weight, const terms* c, work* sum_w, work* sum_b, bint streaming, int64_t ahead,
+    int rows
+) noexcept nogil:
+    """dx of n columns of one or two rows; dweight and dbias onto sum_w and sum_b, which have room
+    for whole vectors."""
+    cdef vec hi[2]
+    cdef vec rstd[2]
+    cdef vec offset[2]
+    cdef vec scale[2]
+    cdef vec shift[2]
+    cdef int64_t p = 0
+    cdef int r
+    for r in range(rows):
+        hi[r] = splat(c[r].hi)
+        rstd[r] = splat(<work> c[r].rstd)
+        offset[r] = splat(c[r].offset)
+        scale[r] = splat(c[r].scale)
+        shift[r] = splat(c[r].shift)
+    while p + WIDTH <= n:
+        backward_vec(x + p, dy + p, past(dsum, p), y + p, stride, WIDTH, weight + p, hi, rstd,
+                     offset, scale, shift, sum_w + p, sum_b + p, streaming, ahead, rows)
+        p += WIDTH
+    if p < n:
+        backward_vec(x + p, dy + p, past(dsum, p), y + p, stride, n - p, weight + p, hi, rstd,
+                     offset, scale, shift, sum_w + p, sum_b + p, False, ahead, rows)
+
+
+cdef void backward_elements(void* context, int64_t index) noexcept nogil:
+    """i == 1 and o == 1: rows with a weight for each place; a part of b, one group."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef terms c[ROWS]
+    cdef work sum_w[STRIP + MOST_WIDTH]
+    cdef work sum_b[STRIP + MOST_WIDTH]
+    cdef double sums[2]
+    cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k
+    cdef int64_t b, at, r, rows, k, n, j, ahead
+    cdef int64_t end = (b_tile + 1) * t.b // p.b_tiles
+    # By the geometry alone: dweight meets a double after this many rows.
+    cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k))
+    cdef const stored* x = <const stored*> t.x
+    cdef const stored* dy = <const stored*> t.dy
+    cdef const stored* dsum = <const stored*> t.dsum
+    cdef stored* y = <stored*> t.y
+    cdef const work* weight = <const work*> t.weight + g * t.k
+    cdef double* dweight = p.partial + 2 * b_tile * size + g * t.k
+    cdef work rstd
+    cdef bint stream = (t.stream and until_aligned(y) == 0
+                        and t.k * <int64_t> sizeof(stored) % 64 == 0)
+    b = b_tile * t.b // p.b_tiles
+    while b < end:
+        rows = minimum(group, end - b)
+        for r in range(rows):
+            at = (b + r) * size + g * t.k
+            start_terms(t, (b + r) * t.g + g, &c[r])
+            if t.upstream != NULL:
+                rstd = <work> c[r].rstd
+                map_fused(t, at, t.k, &c[r].hi, &rstd, &c[r].offset, False, weight,
+                          <const work*> t.bias + g * t.k)
+            sums[0] = sums[1] = 0
+            sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
+            finish_terms(t, sums[0], sums[1], &c[r])
+        ahead = group * size if t.stream and b + rows < end else 0
+        k = 0
+        while k < t.k:
+            n = minimum(STRIP, t.k - k)
+            memset(sum_w, 0, (n + MOST_WIDTH) * sizeof(work))
+            memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
+            at = b * size + g * t.k + k
+            for r in range(0, rows - 1, 2):
+                backward_rows(x + at, dy + at, past(dsum, at), y + at, size, n, weight + k, c + r,
+                              sum_w, sum_b, stream, ahead, 2)
+                at += 2 * size
+            if rows % 2 == 1:
+                backward_rows(x + at, dy + at, past(dsum, at), y + at, size, n, weight + k,
+                              c + rows - 1, sum_w, sum_b, stream, ahead, 1)
+            for j in range(n):
+                dweight[k + j] += <double> sum_w[j]
+                dweight[size + k + j] += <double> sum_b[j]
+            k += n
+        b += rows
+    if stream:
+        stream_end()
+
+
+cdef inline void unit_bounds(const plan* p, int64_t index, int64_t* set_, int64_t* k0, int64_t* k1,
+                             int64_t* tile) noexcept nogil:
+    """A split backward's unit: a tile of a channel, or whole channels where they are short."""
+    cdef int64_t parts = ceil_div(p.task.k, p.channels)
+    tile[0] = index % p.tiles
+    k0[0] = index // p.tiles % parts * p.channels
+    k1[0] = minimum(p.task.k, k0[0] + p.channels)
+    set_[0] = index // p.tiles // parts
+
+
+cdef void backward_tile_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t set_, k0, k1, tile, k
+    cdef double* sums
+    cdef terms c
+    unit_bounds(p, index, &set_, &k0, &k1, &tile)
+    start_terms(p.task, set_, &c)
+    for k in range(k0, k1):
+        sums = p.partial + 2 * ((set_ * p.task.k + k) * p.tiles + tile)
+        sums[0] = sums[1] = 0
+        sum_channel(p, set_, k, tile, c.hi, sums)
+
+
+cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef int64_t set_, k0, k1, tile, k, r0, r1, p0, p1, r
+    cdef double* over_set
+    cdef terms c
+    unit_bounds(p, index, &set_, &k0, &k1, &tile)
+    over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
+    start_terms(t, set_, &c)
+    finish_terms(t, over_set[0], over_set[1], &c)
+    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
+    for r in range(r0, r1):
+        for k in range(k0, k1):
+            map_channel(p, set_start(t, set_) + k * t.i + r * p.stride, set_ % t.g * t.k + k, p0,
+                        p1, &c, 0)
+    if t.stream:
+        stream_end()
+
+
+cdef void backward_split(plan* p) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t units = p.sets * ceil_div(t.k, p.channels) * p.tiles, set_, k, _tile
+    cdef double* part = p.partial
+    cdef double* over_set
+    cdef double sums[2]
+    cdef terms c
+    fn_parallel_for(t, units, backward_tile_sums, p, False)
+    for set_ in range(p.sets):
+        over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
+        over_set[0] = over_set[1] = 0
+        start_terms(t, set_, &c)
+        for k in range(t.k):
+            sums[0] = sums[1] = 0
+            for _tile in range(p.tiles):
+                sums[0] += part[0]
+                sums[1] += part[1]
+                part += 2
+            add_channel(p, set_, k, sums, &c, t.dweight, t.dbias, over_set)
+    fn_parallel_for(t, units, backward_tile_map, p, True)
+
+
+cdef public void rows_backward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cdef int64_t size = t.g * t.k, j, tile
+    cut(&p, t, t.i)
+    p.blocks = ceil_div(t.g, p.block)
+    for j in range(size):
+        t.dweight[j] = t.dbias[j] = 0
+    if t.i > 1 and few_and_large(&p):
+        backward_split(&p)
+        return
+    for j in range(2 * p.b_tiles * size):
+        p.partial[j] = 0
+    if t.i == 1:
+        fn_parallel_for(t, p.b_tiles * t.g, backward_elements, &p, False)
+    elif in_slabs(t):
+        fn_parallel_for(t, p.blocks, backward_slabs, &p, False)
+    else:
+        fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p, False)
+    for tile in range(p.b_tiles):
+        for j in range(size):
+            t.dweight[j] += p.partial[2 * tile * size + j]
+            t.dbias[j] += p.partial[(2 * tile + 1) * size + j]

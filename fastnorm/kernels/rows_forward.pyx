@@ -1,0 +1,319 @@
+"""The rows loop order forward; see rows.pxd."""
+
+from libc.string cimport memcpy
+
+from fastnorm.kernels.rows cimport *
+from fastnorm.kernels.words cimport *
+
+
+cdef public size_t rows_scratch(const fn_task* t) noexcept nogil:
+    """Bytes of scratch for a forward or a backward."""
+    cdef plan p
+    cdef int64_t forward, backward
+    cut(&p, t, t.k * t.i)
+    forward = maximum(t.g, 2 * p.sets * (p.tiles + 1) if few_and_large(&p) else 0)
+    cut(&p, t, t.i)
+    backward = 2 * p.b_tiles * t.g * t.k
+    if few_and_large(&p):
+        backward = maximum(backward, 2 * p.sets * (t.k * p.tiles + 1))
+    return maximum(forward, backward) * sizeof(double)
+
+
+cdef inline work sample(const plan* p, const stored* x) noexcept nogil:
+    return spread_sample(x, p.task.o, p.stride, p.n) if p.task.has_mean else <work> 0
+
+
+cdef inline void sum_tile(const plan* p, const stored* x, work about, int64_t tile,
+                          double* sums) noexcept nogil:
+    cdef int64_t r0, r1, p0, p1
+    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
+    sum_runs(x + r0 * p.stride + p0, NULL, NULL, r1 - r0, p.stride, p1 - p0, about, sums)
+
+
+cdef void exact_statistics(const plan* p, const stored* x, work about, double* mean,
+                           double* var) noexcept nogil:
+    """The mean, then the variance about it, in double: two more reads of the set."""
+    cdef const fn_task* t = p.task
+    cdef double count = <double> (t.o * p.n)
+    cdef double sums[2]
+    mean[0] = 0
+    if t.has_mean:
+        sums[0] = sums[1] = 0
+        sum_runs_exact(x, t.o, p.stride, p.n, about, sums)
+        mean[0] = about + sums[0] / count
+    sums[0] = sums[1] = 0
+    sum_runs_exact(x, t.o, p.stride, p.n, mean[0], sums)
+    if not t.has_mean:
+        sums[0] = 0
+    mean[0] += sums[0] / count
+    var[0] = (sums[1] - sums[0] * sums[0] / count) / count
+
+
+cdef inline void finish_set(const plan* p, int64_t set_, const stored* x, work about,
+                            const double* sums, double* mean, double* rstd) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef double s = sums[0] if t.has_mean else 0, var
+    if cancels(s, sums[1], <double> (t.o * p.n)):
+        exact_statistics(p, x, about, mean, &var)
+    else:
+        mean[0] = about + s * p.inverse
+        var = (sums[1] - s * s * p.inverse) * p.inverse
+    rstd[0] = 1.0 / sqrt(var + t.eps)
+    if t.mean != NULL:
+        t.mean[set_] = mean[0]
+    if t.var != NULL:
+        t.var[set_] = var
+    if t.rstd != NULL:
+        t.rstd[set_] = rstd[0]
+
+
+cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int64_t n,
+                              double mean, double rstd, int64_t ahead) noexcept nogil:
+    """Normalize n values with a weight and a bias for each, the first of them `channel`'s."""
+    cdef const work* weight = <const work*> t.weight + channel
+    cdef const work* bias = <const work*> t.bias + channel
+    cdef work hi = <work> mean, scale = <work> rstd
+    cdef work shift = <work> (-(mean - <double> hi) * rstd)
+    if fused(t):
+        map_fused(t, at, n, &hi, &scale, &shift, False, weight, bias)
+    else:
+        map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL,
+                   False, weight, bias, t.stream, ahead)
+
+
+cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
+                           double mean, double rstd, int64_t ahead) noexcept nogil:
+    """Normalize the places [p0, p1) of run r of a set."""
+    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop
+    cdef int64_t channel = set_ % t.g * t.k
+    cdef const stored* x = <const stored*> t.x + start
+    cdef stored* y = <stored*> t.y + start
+    cdef affine c
+    if t.i == 1:
+        map_elements(t, start + p0, channel + p0, p1 - p0, mean, rstd, ahead)
+        return
+    while at < p1:
+        stop = minimum(p1, (at // t.i + 1) * t.i)
+        c = affine_of(t, channel + at // t.i, mean, rstd)
+        if fused(t):
+            map_fused(t, start + at, stop - at, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+        else:
+            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, t.stream, ahead)
+        at = stop
+
+
+cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const double* mean,
+                           const double* rstd, int64_t ahead) noexcept nogil:
+    """map_piece for neighbouring sets of one channel each, in memory order."""
+    cdef const fn_task* t = p.task
+    cdef affine c[BLOCK]
+    cdef int64_t s, r, at = set_start(t, first)
+    cdef const stored* x
+    cdef stored* y
+    for s in range(sets):
+        c[s] = affine_of(t, (first + s) % t.g, mean[s], rstd[s])
+    for r in range(t.o):
+        x = <const stored*> t.x + at + r * p.stride
+        y = <stored*> t.y + at + r * p.stride
+        for s in range(sets):
+            if fused(t):
+                map_fused(t, at + r * p.stride + s * p.n, p.n, &c[s].hi, &c[s].scale, &c[s].shift,
+                          False, NULL, NULL)
+            else:
+                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
+            x += p.n
+            y += p.n
+
+
+cdef void forward_block(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef double mean[BLOCK]
+    cdef double rstd[BLOCK]
+    cdef double sums[2]
+    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), stop
+    cdef int64_t set_, tile, r, ahead
+    cdef const stored* x
+    cdef work about
+    fetch_group(p, t.x, first, minimum(p.group, end - first))
+    while first < end:
+        stop = minimum(end, first + p.group)
+        ahead = look_ahead(p, stop < end)
+        if fused(t):  # map_fused asks for nothing
+            fetch_group(p, t.x, first, stop - first)
+            if t.residual != NULL:
+                fetch_group(p, t.residual, first, stop - first)
+        for set_ in range(first, stop):
+            x = <const stored*> t.x + set_start(t, set_)
+            about = sample(p, x)
+            sums[0] = sums[1] = 0
+            for tile in range(p.tiles):
+                sum_tile(p, x, about, tile, sums)
+            finish_set(p, set_, x, about, sums, &mean[set_ - first], &rstd[set_ - first])
+        if t.k == 1 and t.i > 1 and (t.o == 1 or t.b == 1):
+            map_group(p, first, stop - first, mean, rstd, ahead)
+            first = stop
+            continue
+        for r in range(t.o):
+            for set_ in range(first, stop):
+                map_piece(t, set_, r, 0, p.n, mean[set_ - first], rstd[set_ - first],
+                          ahead)
+        first = stop
+    if t.stream:
+        stream_end()
+
+
+cdef void forward_elements(void* context, int64_t index) noexcept nogil:
+    """forward_block for o == 1 and i == 1, rows with a weight for each place: a few rows at a time,
+    so that divisions and roots of one row do not wait for those of the one before."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef work about[ROWS]
+    cdef double sums[2 * ROWS]
+    cdef double mean[ROWS]
+    cdef double var[ROWS]
+    cdef double s, count = <double> t.k
+    cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), r, rows, g
+    cdef int64_t group = minimum(4, t.l2 // 4 // (t.k * <int64_t> sizeof(stored))), ahead, k, n
+    cdef const stored* x = <const stored*> t.x + set_ * t.k
+    group = maximum(1, minimum(ROWS, maximum(group, ELEMENTS // t.k)))
+    while set_ < end:
+        rows = minimum(group, end - set_)
+        for r in range(rows):
+            if t.terms[0] != NULL:
+                add_terms(t, (set_ + r) * t.k, t.k)
+            about[r] = spread_sample(x + r * t.k, 1, 0, t.k) if t.has_mean else <work> 0
+            sums[2 * r] = sums[2 * r + 1] = 0
+            sum_runs(x + r * t.k, NULL, NULL, 1, 0, t.k, about[r], sums + 2 * r)
+        for r in range(rows):
+            s = sums[2 * r] if t.has_mean else 0
+            if cancels(s, sums[2 * r + 1], count):
+                exact_statistics(p, x + r * t.k, about[r], &mean[r], &var[r])
+            else:
+                mean[r] = about[r] + s * p.inverse
+                var[r] = (sums[2 * r + 1] - s * s * p.inverse) * p.inverse
+        if t.mean != NULL:
+            memcpy(t.mean + set_, mean, rows * sizeof(double))
+        if t.var != NULL:
+            memcpy(t.var + set_, var, rows * sizeof(double))
+        for r in range(rows):
+            var[r] = 1.0 / sqrt(var[r] + t.eps)
+        if t.rstd != NULL:
+            memcpy(t.rstd + set_, var, rows * sizeof(double))
+        ahead = group * t.k if t.stream and set_ + rows < end else 0
+        k = 0
+        while k < t.k:
+            n = minimum(STRIP, t.k - k)
+            for r in range(rows):
+                g = (set_ + r) % t.g * t.k + k if t.g > 1 else k
+                map_elements(t, (set_ + r) * t.k + k, g, n, mean[r], var[r], ahead)
+            k += n
+        x += rows * t.k
+        set_ += rows
+    if t.stream:
+        stream_end()
+
+
+cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
+    """forward_block in slabs."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef slab w
+    cdef affine c
+    cdef work about[BLOCK]
+    cdef double sums[2 * BLOCK]
+    cdef double mean, rstd
+    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
+    cdef const stored* x
+    while first < end:
+        sets = minimum(p.group, end - first)
+        x = <const stored*> t.x + first * p.n
+        if not t.given:
+            for s in range(sets):
+                about[s] = sample(p, x + s * p.n)
+                fill(w.hi + s * p.n, p.n, about[s])
+            sum_slabs(p, x, NULL, sets, &w, sums)
+        for s in range(sets):
+            if t.given:
+                mean = t.mean[first + s]
+                rstd = p.partial[first + s]
+            else:
+                finish_set(p, first + s, x + s * p.n, about[s], sums + 2 * s, &mean, &rstd)
+            c = affine_of(t, first + s, mean, rstd)
+            fill(w.hi + s * p.n, p.n, c.hi)
+            fill(w.s + s * p.n, p.n, c.scale)
+            fill(w.q + s * p.n, p.n, c.shift)
+        map_slabs(p, first * p.n, sets, &w)
+        first += sets
+
+
+cdef void forward_tile_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const stored* x = <const stored*> p.task.x + set_start(p.task, index // p.tiles)
+    p.partial[2 * index] = p.partial[2 * index + 1] = 0
+    sum_tile(p, x, sample(p, x), index % p.tiles, p.partial + 2 * index)
+
+
+cdef void forward_tile_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t r0, r1, p0, p1, r, set_
+    # Last tile first: the end of what the sums read is what is still in cache.
+    set_ = index // p.tiles
+    tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
+    for r in range(r0, r1):
+        map_piece(p.task, set_, r, p0, p1, p.partial[2 * (p.sets * p.tiles + set_)],
+                  p.partial[2 * (p.sets * p.tiles + set_) + 1], 0)
+    if p.task.stream:
+        stream_end()
+
+
+cdef void given_tile(void* context, int64_t index) noexcept nogil:
+    """A tile of the whole array in memory order; p.partial is rstd."""
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef int64_t p0 = index % p.pieces * p.piece, first = index // p.pieces * p.tile_runs, run
+    for run in range(first, minimum(t.o * t.g, first + p.tile_runs)):
+        map_piece(t, run % t.g, run // t.g, p0, minimum(p.n, p0 + p.piece), t.mean[run % t.g],
+                  p.partial[run % t.g], 0)
+    if t.stream:
+        stream_end()
+
+
+cdef void add_tile(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef int64_t r0, r1, p0, p1
+    tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
+    add_terms(p.task, set_start(p.task, index // p.tiles) + p0, p1 - p0)
+
+
+cdef public void rows_forward(const fn_task* t) noexcept nogil:
+    cdef plan p
+    cdef int64_t set_, tile
+    cdef double sums[2]
+    cdef double* found
+    cdef const stored* x
+    cut(&p, t, t.k * t.i)
+    if t.given:
+        for set_ in range(t.g):
+            p.partial[set_] = 1.0 / sqrt(t.var[set_] + t.eps)
+    if in_slabs(t):
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
+    elif t.given:
+        fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p, False)
+    elif few_and_large(&p):
+        if t.terms[0] != NULL:
+            fn_parallel_for(t, p.sets * p.tiles, add_tile, &p, False)
+        fn_parallel_for(t, p.sets * p.tiles, forward_tile_sums, &p, False)
+        for set_ in range(p.sets):
+            sums[0] = sums[1] = 0
+            for tile in range(set_ * p.tiles, (set_ + 1) * p.tiles):
+                sums[0] += p.partial[2 * tile]
+                sums[1] += p.partial[2 * tile + 1]
+            x = <const stored*> t.x + set_start(t, set_)
+            found = p.partial + 2 * (p.sets * p.tiles + set_)
+            finish_set(&p, set_, x, sample(&p, x), sums, found, found + 1)
+        fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p, True)
+    elif t.o == 1 and t.i == 1:
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_elements, &p, False)
+    else:
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p, False)
