@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c sanitize tsan valgrind fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
+.PHONY: help install build test test-c install-c wheel sanitize tsan valgrind fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 
@@ -34,6 +34,10 @@ cost:  ## measure how a call grows with its sizes, for docs/cost-model.md
 
 warmup:  ## compile the Numba kernels into their cache
 	$(PYTHON) -m fastnorm warmup
+
+wheel:  ## build a wheel, tagged manylinux and repaired to carry what it needs
+	rm -rf build/wheel && $(PYTHON) -m build --wheel -o build/wheel
+	auditwheel repair -w dist build/wheel/*.whl
 
 sanitize:  ## run the C tests under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer
 	tests/sanitize.sh address

@@ -49,6 +49,10 @@ CALLS = {
     "group": lambda x, **kw: fastnorm.group_norm(x, 8, **kw),
     "layer": lambda x, **kw: fastnorm.layer_norm(x, x.shape[-1], **kw),
     "rms": lambda x, **kw: fastnorm.rms_norm(x, x.shape[-1], **kw),
+    "axis": lambda x, **kw: fastnorm.layer_norm(x, x.shape[1], axis=1, **kw),
+    "fused": lambda x, **kw: fastnorm.batch_norm(
+        x, training=True, residual=x, activation="silu", **kw
+    ),
 }
 BACKWARDS = {
     "batch": fastnorm.batch_norm_backward,
@@ -56,6 +60,12 @@ BACKWARDS = {
     "group": lambda dy, x, s, **kw: fastnorm.group_norm_backward(dy, x, s, 8, **kw),
     "layer": lambda dy, x, s, **kw: fastnorm.layer_norm_backward(dy, x, s, x.shape[-1], **kw),
     "rms": lambda dy, x, s, **kw: fastnorm.rms_norm_backward(dy, x, s, x.shape[-1], **kw),
+    "axis": lambda dy, x, s, **kw: fastnorm.layer_norm_backward(
+        dy, x, s, x.shape[1], axis=1, **kw
+    ),
+    "fused": lambda dy, x, s, **kw: fastnorm.batch_norm_backward(
+        dy, x, s, activation="silu", **kw
+    ),
 }
 
 
@@ -64,7 +74,9 @@ BACKWARDS = {
 def test_python_allocates_nothing_of_the_size_of_x(norm, layout):
     x = np.ones((16, 64, 64, 64), np.float32)  # 16 MB
     out = np.empty_like(x)
-    common = {"out": out} if norm in ("layer", "rms") else {"out": out, "layout": layout}
+    common = {"out": out}
+    if norm not in ("layer", "rms", "axis"):
+        common["layout"] = layout
     _, stats = CALLS[norm](x, return_stats=True, **common)
     for call in (
         lambda: CALLS[norm](x, return_stats=True, **common),

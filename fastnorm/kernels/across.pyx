@@ -57,7 +57,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.places = minimum(PLACES, maximum(64, p.places))
     p.strips = ceil_div(t.s, p.places)
     p.units = t.b * p.strips
-    p.parts = minimum(PARTS, p.units)
+    p.parts = minimum(p.units, minimum(PARTS, maximum(4, (1 << 16) // t.k)))
     p.partial = <double*> t.scratch
 
 
