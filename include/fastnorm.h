@@ -16,7 +16,8 @@ extern "C" {
  * Introduction
  *
  * libfastnorm computes batch, instance, group, layer and RMS normalization, forward and
- * backward, on dense arrays of float32, float64, float16 and bfloat16, channels first or last.
+ * backward, on dense arrays of float32, float64, float16 and bfloat16, channels first or last,
+ * and in the same pass a residual and an activation.
  * It needs libc and libm, and OpenMP where it was built with it. It needs no Python.
  *
  * What it promises, everywhere:
@@ -26,7 +27,8 @@ extern "C" {
  *     number of threads may call at once, on buffers of their own;
  *   - the results do not depend on the number of threads nor on the instruction set: same
  *     input, same bits;
- *   - y may be x, and dx may be dy (or x); no other two buffers may overlap;
+ *   - y may be x, and dx may be dy (or x); no other two buffers may overlap, but for what the
+ *     detailed calls say of a residual;
  *   - pointers need the alignment of their element type at most, and less is only slower;
  *   - sizes are int64_t, every product is checked for overflow, and size 0 is no error;
  *   - the caller's OpenMP settings, signal handlers and floating-point environment stay as

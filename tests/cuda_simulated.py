@@ -238,6 +238,17 @@ def test_errors():
     _, elsewhere = norm(host, training=True, return_stats=True)
     refused(TypeError, ["stats.mean is a ndarray"], fastnorm.batch_norm_backward, x, x, elsewhere)
     refused(TypeError, ["numpy.ndarray"], fastnorm.local_response_norm, x, 3)
+    for settings, text in (
+        ({"activation": "relu"}, "neither an activation nor a residual"),
+        ({"residual": x}, "neither an activation nor a residual"),
+        ({"ghost_size": 1}, "ghost_size"),
+        ({"nan_policy": "skip"}, "nan_policy"),
+    ):
+        running = [cuda.to_device(np.ones(3, np.float32)) for _ in range(2)]
+        refused(ValueError, ["on a GPU", text], norm, x, *running, training=True, **settings)
+    refused(ValueError, ["only trailing axes"], fastnorm.layer_norm, x, 3, axis=1)
+    refused(ValueError, ["on a GPU"], fastnorm.layer_norm_backward, x, x, stats, 8, dsum=x)
+    refused(ValueError, ["on a GPU"], fastnorm.batch_norm_backward, x, x, stats, from_output=True)
 
 
 def test_the_simulator_sees_bad_accesses():
