@@ -19,8 +19,8 @@ last axis. In all of them:
     activation    applied last: None, "relu", "leaky_relu" (with negative_slope), "silu", or "gelu"
                   (approximate="none" or "tanh"), named as in torch.nn.functional
     residual      an array like x that is added before the activation (by layer_norm and rms_norm:
-                  to x, before they normalize). It and the activation cost no pass of their own.
-                  Not on a GPU yet.
+                  to x, before they normalize). Natively it and the activation cost no pass of
+                  their own. Not on a GPU yet.
 
 A backward is given the forward's bias, residual and activation, and finds the activation's input
 again from x: nothing else has to be kept. The gradient in front of the activation is rounded to x's

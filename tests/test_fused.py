@@ -305,6 +305,23 @@ def test_in_place(case, engine):
         if case.by_channel:
             assert found.dresidual is own["residual"]
             np.testing.assert_allclose(found.dresidual, gradients.dresidual, rtol=0, atol=2e-5)
+            # dresidual in dy, and with it apart dx in x.
+            own_dy, own_x = move(dy.copy()), move(x.copy())
+            found = backward(
+                case, own_dy, own_x, stats, weight, bias, move(residual), None, out=own_x,
+                out_residual=own_dy, **common,
+            )
+            assert found.dresidual is own_dy
+            assert found.dx is own_x
+            np.testing.assert_allclose(own_x, gradients.dx, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(own_dy, gradients.dresidual, rtol=0, atol=2e-5)
+        else:
+            # Without an activation dx may be dsum.
+            plain, inputs = {"backend": engine}, (case, dy, normalized, stats, weight, bias, None)
+            wanted = backward(*inputs, dsum, **plain).dx
+            last = dsum.copy()
+            assert backward(*inputs, last, out=last, **plain).dx is last
+            np.testing.assert_allclose(last, wanted, rtol=0, atol=2e-5)
 
 
 def test_any_memory_order(engine):

@@ -1,7 +1,7 @@
 /* Activations and their derivatives, after words.h.
  *
  * They work on TOGETHER vectors in step: one alone would wait for itself at every operation of the
- * polynomials (2.0 to 2.5 times as long).
+ * polynomials (1.1 to 1.4 times as long with AVX-512, 1.6 to 2.2 times at x86-64-v3).
  *
  * No contraction and no table: the same bits at every level. exp and erfc are good to a few units
  * in the last place of what a network sees; NaN stays NaN, and infinities go where the limits do. */
