@@ -46,6 +46,7 @@ COMMON = [
 # Never fused multiply-adds, never -ffast-math: every level must give the same bits.
 MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NUMPY_API = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
+MODULES = ("rows_forward", "rows_backward", "columns", "across", "fused", "masks")
 # Checks that raise would bring Python into the library.
 NO_PYTHON = {"language_level": 3, "cdivision": True, "boundscheck": False, "wraparound": False}
 INLINE = "-DCYTHON_INLINE=inline __attribute__((always_inline))"
@@ -93,7 +94,7 @@ class Library:
         modules = cythonize(
             [
                 Extension(f"fastnorm.kernels.{name}", [str(KERNELS / f"{name}.pyx")])
-                for name in ("rows_forward", "rows_backward", "columns", "across", "fused")
+                for name in MODULES
             ],
             build_dir=str(self.temporary),
             compiler_directives=NO_PYTHON,

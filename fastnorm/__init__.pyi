@@ -2,7 +2,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastnorm.layers import GroupNorm as GroupNorm
 from fastnorm.layers import LayerNorm as LayerNorm
@@ -75,6 +75,8 @@ def batch_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     statistics: Literal["batch", "running"] | None = ...,
     update: bool | None = ...,
     nan_policy: Literal["propagate", "skip", "raise"] = ...,
@@ -101,6 +103,8 @@ def batch_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     statistics: Literal["batch", "running"] | None = ...,
     update: bool | None = ...,
     nan_policy: Literal["propagate", "skip", "raise"] = ...,
@@ -126,6 +130,8 @@ def instance_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> Array: ...
 @overload
 def instance_norm(
@@ -147,6 +153,8 @@ def instance_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def group_norm(
@@ -165,6 +173,8 @@ def group_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> Array: ...
 @overload
 def group_norm(
@@ -183,6 +193,8 @@ def group_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
 def layer_norm(
@@ -200,6 +212,8 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> Array: ...
 @overload
@@ -219,6 +233,8 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array]: ...
 @overload
@@ -237,6 +253,8 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
@@ -256,6 +274,8 @@ def layer_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array, Statistics]: ...
 @overload
@@ -273,6 +293,8 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> Array: ...
 @overload
@@ -291,6 +313,8 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array]: ...
 @overload
@@ -308,6 +332,8 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Statistics]: ...
 @overload
@@ -326,6 +352,8 @@ def rms_norm(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> tuple[Array, Array, Statistics]: ...
 @overload
@@ -344,6 +372,8 @@ def batch_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     ghost_size: int | None = ...,
     from_output: bool = ...,
 ) -> Gradients: ...
@@ -364,6 +394,8 @@ def batch_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     ghost_size: int | None = ...,
     from_output: bool = ...,
 ) -> GradientsWithResidual: ...
@@ -383,6 +415,8 @@ def instance_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> Gradients: ...
 @overload
 def instance_norm_backward(
@@ -401,6 +435,8 @@ def instance_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> GradientsWithResidual: ...
 @overload
 def group_norm_backward(
@@ -419,6 +455,8 @@ def group_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> Gradients: ...
 @overload
 def group_norm_backward(
@@ -438,6 +476,8 @@ def group_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
 ) -> GradientsWithResidual: ...
 def layer_norm_backward(
     dy: Array,
@@ -454,6 +494,8 @@ def layer_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> Gradients: ...
 def rms_norm_backward(
@@ -470,6 +512,8 @@ def rms_norm_backward(
     activation: Activation | None = ...,
     negative_slope: float = ...,
     approximate: Approximate = ...,
+    mask: Array | None = ...,
+    lengths: ArrayLike | None = ...,
     axis: int | Sequence[int] | None = ...,
 ) -> Gradients: ...
 def local_response_norm(

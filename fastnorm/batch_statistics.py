@@ -21,6 +21,12 @@ def _of_part(array, part):
     return None if array is None else array[part]
 
 
+def _fused_of_part(fused, part):
+    return fused._replace(
+        residual=_of_part(fused.residual, part), mask=_of_part(fused.mask, part)
+    )
+
+
 def _shape_of(size):
     return lambda shape, first: geometry.ghost(shape, first, size)
 
@@ -34,20 +40,23 @@ def forward(call, x, channels, out, fused, ghost_size):
     stats, counts = [], []
     for part, size in parts(x.shape[0], ghost_size):
         groups = (part.stop - part.start) // size
-        after = fused._replace(residual=_of_part(fused.residual, part))
+        after = _fused_of_part(fused, part)
         found = call(x[part], y[part], _shape_of(size), (groups, channels), after)[1]
         stats.append((found.mean, found.var, found.rstd))
-        counts += [size * (x.size // x.shape[0] // channels)] * groups
+        if fused.mask is None:
+            counts += [size * (x.size // x.shape[0] // channels)] * groups
+        else:
+            counts += np.count_nonzero(fused.mask[part].reshape(groups, -1), axis=1).tolist()
     columns = zip(*stats, strict=True) if stats else [[np.empty((0, channels))]] * 3
     return y, Statistics(*map(np.concatenate, columns)), counts
 
 
 def move(name, running, stats, counts, momentum, biased, nan_policy):
     """Move the running statistics by those of the sets of each channel, weighed by their values."""
-    if not counts:
+    if not sum(counts):
         return
     shares = np.array(counts, float)[:, np.newaxis] / np.sum(counts)
-    unbiased = 1.0 if biased else np.array([[n / (n - 1)] for n in counts])
+    unbiased = 1.0 if biased else np.array([[n / max(n - 1, 1)] for n in counts])
     with np.errstate(all="ignore"):
         batch = [
             np.sum(shares * found.reshape(len(counts), -1), axis=0)
@@ -82,7 +91,7 @@ def backward(call, dy, x, stats, channels, out, fused, out_residual, ghost_size,
     for part, size in parts(x.shape[0], ghost_size):
         groups = (part.stop - part.start) // size
         own = Statistics(*(a[at : at + groups] for a in (stats.mean, stats.var, stats.rstd)))
-        after = fused._replace(residual=_of_part(fused.residual, part))
+        after = _fused_of_part(fused, part)
         found = call(
             dy[part], x[part], own, dx[part], _shape_of(size), (groups, channels), after,
             _of_part(dresidual, part),

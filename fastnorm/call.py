@@ -6,8 +6,8 @@ the other layout, and else copied.
 import numpy as np
 
 from fastnorm import backends, config, geometry, on_device
-from fastnorm.backends import GIVEN_STATISTICS, NOTHING, Fused
-from fastnorm.checks import check_input, check_number, check_out
+from fastnorm.backends import GIVEN_STATISTICS, NOTHING
+from fastnorm.checks import check_input, check_number, check_out, check_writable
 from fastnorm.device import DeviceArray
 from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
@@ -47,6 +47,8 @@ def forward(
             flags, backend, running, momentum,
         )
     engine = config.choose(name, backend, x.dtype)
+    if fused.mask is not None:
+        _check_apart(name, fused.mask, out=out, out_sum=out_sum)
     parameters = (weight, bias, *running)
     total, residual = None, fused.residual
     if _plain(x, out, parameters, (residual,)) and (
@@ -57,7 +59,7 @@ def forward(
         if with_sum and residual is not None:
             is_out_sum = out_sum is not None
             total = out_sum if is_out_sum else np.empty(x.shape, x.dtype)
-            fused = Fused(fused.activation, fused.slope, residual, total)
+            fused = fused._replace(sum=total)
     else:
         names = ("weight", "bias", "running_mean", "running_var")
         others = tuple(zip(names, parameters, strict=True))
@@ -73,7 +75,7 @@ def forward(
             if with_sum:
                 total, is_out_sum = _place(view, first, out_sum, channel_order)
             residual = _laid(residual, channel_order, first)
-            fused = Fused(fused.activation, fused.slope, residual, total)
+            fused = fused._replace(residual=residual, sum=total)
     sizes = shape_of(view.shape, first)
     mean = var = rstd = None
     moves = not flags & GIVEN_STATISTICS and (running[0] is not None or running[1] is not None)
@@ -94,6 +96,12 @@ def forward(
         given = bool(flags & GIVEN_STATISTICS)
         results += (Statistics(*(a.reshape(stats_shape) for a in (mean, var, rstd)), given),)
     return results if len(results) > 1 else results[0]
+
+
+def _check_apart(name, mask, **outs):
+    for what, out in outs.items():
+        if isinstance(out, np.ndarray):
+            check_writable(name, what, out, ("mask", mask))
 
 
 def _laid(array, channel_order, first):
@@ -137,6 +145,8 @@ def backward(
             flags, backend, with_bias,
         )
     engine = config.choose(name, backend, x.dtype)
+    if fused.mask is not None:
+        _check_apart(name, fused.mask, out=out, out_residual=out_residual)
     mean, rstd = (statistic(name, stats, what, stats_shape) for what in ("mean", "rstd"))
     param_dtype = x.dtype if weight is None else weight.dtype
     # dz is written before dx is: into the residual's gradient, or in the place of dx.
@@ -211,10 +221,15 @@ def _fused_gradients(fused, dy, view, first, out_residual, channel_order):
         return fused._replace(dresidual=dresidual), lambda: _hand_out(
             dresidual, first, out_residual, is_out, channel_order
         )
-    # Without an activation it is dy.
+    # Without an activation it is dy, where it counts.
     if out_residual is not None:
         out_residual[...] = dy
-        return fused, lambda: out_residual
+        dy = out_residual
+    if fused.mask is not None:
+        padding = ~geometry.at_positions(fused.mask, channel_order)
+        if out_residual is None:
+            dy = np.copy(dy)
+        np.copyto(dy, 0, where=padding)
     return fused, lambda: dy
 
 

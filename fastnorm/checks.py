@@ -157,12 +157,59 @@ def check_writable(name, what, array, *others):
             )
 
 
+def check_mask(name, x, mask, lengths, first, shape=None):
+    """Which positions of x count, as a contiguous array of bool of this shape, else (N, *spatial);
+    None where all do."""
+    if mask is None and lengths is None:
+        return None
+    if isinstance(x, DeviceArray):
+        raise ValueError(f"{name}: x is on a GPU, where neither mask nor lengths are served yet")
+    if mask is not None and lengths is not None:
+        raise ValueError(f"{name}: mask and lengths, expected one of them")
+    if shape is None:
+        shape = geometry.positions(x.shape, first)
+    if lengths is not None:
+        return _mask_of_lengths(name, x, lengths, shape)
+    if not isinstance(mask, np.ndarray):
+        raise TypeError(f"{name}: mask is a {type(mask).__name__}, expected a numpy.ndarray")
+    if mask.dtype != np.bool_:
+        raise TypeError(
+            f"{name}: mask has dtype {mask.dtype}, expected bool; did you mean mask.astype(bool)?"
+        )
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name}: mask has shape {mask.shape}, expected {shape}, one for each place of x"
+            f" {x.shape} that is normalized with others or left out"
+        )
+    return np.ascontiguousarray(mask)
+
+
+def _mask_of_lengths(name, x, lengths, shape):
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name}: lengths with x of shape {x.shape}, expected one sequence axis beside those of"
+            " samples and channels; did you mean mask?"
+        )
+    given, lengths = lengths, np.asarray(lengths)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"{name}: lengths is {given!r}, expected ints")
+    samples, most = shape
+    if lengths.shape != (samples,):
+        raise ValueError(
+            f"{name}: lengths has shape {lengths.shape}, expected ({samples},), one for each sample"
+        )
+    if np.any(lengths < 0) or np.any(lengths > most):
+        raise ValueError(f"{name}: lengths is {given!r}, expected 0 to {most} of x {x.shape}")
+    return np.arange(most) < lengths[:, np.newaxis]
+
+
 def check_fused(
-    name, x, activation, negative_slope, approximate, residual=None, bias=None, dsum=None
+    name, x, activation, negative_slope, approximate, residual=None, bias=None, dsum=None,
+    valid=None,
 ):
-    """The Fused of a call; its arrays as they came."""
+    """The Fused of a call; its arrays as they came. valid is check_mask's."""
     if activation is None and residual is None and dsum is None:
-        return NOTHING
+        return NOTHING if valid is None else Fused(mask=valid)
     try:
         kind = ACTIVATIONS[activation]
     except (KeyError, TypeError):
@@ -182,7 +229,7 @@ def check_fused(
     for what, array in (("residual", residual), ("dsum", dsum)):
         if array is not None:
             check_input(name, array, what, like=x)
-    return Fused(kind, slope, residual, bias=bias, dsum=dsum)
+    return Fused(kind, slope, residual, bias=bias, dsum=dsum, mask=valid)
 
 
 def check_out(name, out, x, same, others=(), what="out"):

@@ -18,6 +18,13 @@ last axis. In all of them:
     num_threads   None (as set_num_threads says), 0 (all processors) or a number
     activation    applied last: None, "relu", "leaky_relu" (with negative_slope), "silu", or "gelu"
                   (approximate="none" or "tanh"), named as in torch.nn.functional
+    mask, lengths which positions count: mask is an array of bool of shape (N, *spatial), True where
+                  one does (layer and RMS norm: of the shape of the axes that are not normalized),
+                  lengths, for one sequence axis, ints of shape (N,): the first so many count.
+                  What is left out belongs to no statistic, running ones included, and to no
+                  gradient, whatever it holds; every output is 0 there. A set in which nothing
+                  counts has statistics of 0, rstd too. A backward is given the forward's. Not on
+                  a GPU yet.
     residual      an array like x that is added before the activation (by layer_norm and rms_norm:
                   to x, before they normalize). Natively it and the activation cost no pass of
                   their own. Not on a GPU yet.
@@ -43,6 +50,7 @@ from fastnorm.checks import (
     check_choice,
     check_fused,
     check_input,
+    check_mask,
     check_number,
     check_writable,
     seen,
@@ -57,7 +65,7 @@ def batch_norm(
     x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None, num_threads=None,
     convention="torch", residual=None, activation=None, negative_slope=0.01, approximate="none",
-    statistics=None, update=None, nan_policy="propagate", ghost_size=None,
+    statistics=None, update=None, nan_policy="propagate", ghost_size=None, mask=None, lengths=None,
 ):
     """Normalize each channel over the batch and the spatial axes.
 
@@ -130,7 +138,8 @@ def batch_norm(
             f"{name}: {missing} is None, expected an array of shape ({channels},) outside"
             " training; did you mean training=True?"
         )
-    fused = check_fused(name, x, activation, negative_slope, approximate, residual)
+    valid = check_mask(name, x, mask, lengths, first)
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual, valid=valid)
     running = running_mean, running_var
     ghosts = _check_ghosts(name, x, channels, ghost_size) if by_batch else None
     if ghosts is None and (by_batch or not moves) and not (moves and nan_policy != "propagate"):
@@ -161,7 +170,8 @@ def batch_norm(
         if ghosts is None:
             stats = Statistics(found.mean[0], found.var[0], found.rstd[0]) if counts else found
     else:
-        _, found, counts = batch_statistics.forward(of_batch, x, channels, None, NOTHING, None)
+        only = NOTHING._replace(mask=valid)
+        _, found, counts = batch_statistics.forward(of_batch, x, channels, None, only, None)
         y, stats = call.forward(
             name, x, out, first, geometry.batch, weight, bias, eps, (channels,), True,
             GIVEN_STATISTICS, backend, num_threads, running, fused=fused,
@@ -216,7 +226,7 @@ def _check_training(name, x, sets, eps, weight, bias, running_mean=None, running
 def batch_norm_backward(
     dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None,
     bias=None, residual=None, out_residual=None, activation=None, negative_slope=0.01,
-    approximate="none", ghost_size=None, from_output=False,
+    approximate="none", ghost_size=None, from_output=False, mask=None, lengths=None,
 ):
     """Gradients of batch_norm.
 
@@ -230,8 +240,8 @@ def batch_norm_backward(
     Args:
         dy, x: (N, C, *spatial), of one dtype; x is the forward's input.
         stats: Statistics of shape (C,) from batch_norm(..., return_stats=True).
-        weight, bias, residual, activation, negative_slope, approximate, ghost_size: as in the
-            forward.
+        weight, bias, residual, activation, negative_slope, approximate, ghost_size, mask, lengths:
+            as in the forward.
         out: receives dx; may be dy or x.
         out_residual: receives dresidual; may be dy or residual.
         from_output: x is the forward's output instead of its input, which is found again from it
@@ -248,7 +258,10 @@ def batch_norm_backward(
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
-    fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
+    fused = check_fused(
+        name, x, activation, negative_slope, approximate, residual, bias,
+        valid=check_mask(name, x, mask, lengths, first),
+    )
     if from_output:
         _check_turning_back(name, x, weight, bias, fused, ghost_size, out, out_residual)
         check_input(name, dy, "dy", like=x)
@@ -329,7 +342,7 @@ def _groups(name, x, num_groups, first):
 def group_norm(
     x, num_groups, weight=None, bias=None, eps=1e-5, *, layout="NCHW", out=None,
     return_stats=False, backend=None, num_threads=None, residual=None, activation=None,
-    negative_slope=0.01, approximate="none",
+    negative_slope=0.01, approximate="none", mask=None, lengths=None,
 ):
     """Normalize each sample's groups of neighbouring channels over channels and space.
 
@@ -355,14 +368,17 @@ def group_norm(
     return call.forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], groups), return_stats, 0,
         backend, num_threads,
-        fused=check_fused(name, x, activation, negative_slope, approximate, residual),
+        fused=check_fused(
+            name, x, activation, negative_slope, approximate, residual,
+            valid=check_mask(name, x, mask, lengths, first),
+        ),
     )
 
 
 def group_norm_backward(
     dy, x, stats, num_groups, weight=None, *, layout="NCHW", out=None, backend=None,
     num_threads=None, bias=None, residual=None, out_residual=None, activation=None,
-    negative_slope=0.01, approximate="none",
+    negative_slope=0.01, approximate="none", mask=None, lengths=None,
 ):
     """Gradients of group_norm; the formula of batch_norm_backward with means over a group.
 
@@ -379,7 +395,10 @@ def group_norm_backward(
     first = channels_first(name, layout)
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
     groups, shape_of = _groups(name, x, num_groups, first)
-    fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
+    fused = check_fused(
+        name, x, activation, negative_slope, approximate, residual, bias,
+        valid=check_mask(name, x, mask, lengths, first),
+    )
     return call.backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], groups), (channels,), 0,
         backend, num_threads, True, fused, out_residual,
@@ -390,6 +409,7 @@ def instance_norm(
     x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
     momentum=0.1, eps=1e-5, *, layout="NCHW", out=None, return_stats=False, backend=None,
     num_threads=None, residual=None, activation=None, negative_slope=0.01, approximate="none",
+    mask=None, lengths=None,
 ):
     """Normalize each channel of each sample over its spatial axes.
 
@@ -420,7 +440,8 @@ def instance_norm(
         bias=bias,
     )
     momentum = check_number(name, "momentum", momentum)
-    fused = check_fused(name, x, activation, negative_slope, approximate, residual)
+    valid = check_mask(name, x, mask, lengths, first)
+    fused = check_fused(name, x, activation, negative_slope, approximate, residual, valid=valid)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -442,7 +463,7 @@ def instance_norm(
 def instance_norm_backward(
     dy, x, stats, weight=None, *, layout="NCHW", out=None, backend=None, num_threads=None,
     bias=None, residual=None, out_residual=None, activation=None, negative_slope=0.01,
-    approximate="none",
+    approximate="none", mask=None, lengths=None,
 ):
     """Gradients of instance_norm; the formula of batch_norm_backward with means over space.
 
@@ -460,12 +481,15 @@ def instance_norm_backward(
         return batch_norm_backward(
             dy, x, stats, weight, layout=layout, out=out, backend=backend, num_threads=num_threads,
             bias=bias, residual=residual, out_residual=out_residual, activation=activation,
-            negative_slope=negative_slope, approximate=approximate,
+            negative_slope=negative_slope, approximate=approximate, mask=mask, lengths=lengths,
         )
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
     channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
-    fused = check_fused(name, x, activation, negative_slope, approximate, residual, bias)
+    fused = check_fused(
+        name, x, activation, negative_slope, approximate, residual, bias,
+        valid=check_mask(name, x, mask, lengths, first),
+    )
     _, shape_of = _groups(name, x, channels, first) if channels else (0, geometry.batch)
     return call.backward(
         name, dy, x, stats, weight, out, first, shape_of, (x.shape[0], channels), (channels,), 0,

@@ -5,7 +5,7 @@ What all functions share, layout but here, is told in functional.py.
 
 from fastnorm import call, geometry
 from fastnorm.backends import NO_MEAN
-from fastnorm.checks import check_fused, check_input, check_trailing
+from fastnorm.checks import check_fused, check_input, check_mask, check_trailing
 from fastnorm.device import DeviceArray
 from fastnorm.dtypes import TABLE
 
@@ -69,7 +69,8 @@ def _only_rows(name, channel_order, shape_of, x, **arrays):
 def layer_norm(
     x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
     backend=None, num_threads=None, residual=None, out_sum=None, activation=None,
-    negative_slope=0.01, approximate="none", axis=None,
+    negative_slope=0.01, approximate="none", axis=None, mask=None,
+    lengths=None,
 ):
     """Normalize over the trailing axes, or over others.
 
@@ -98,22 +99,25 @@ def layer_norm(
     check_trailing(name, x, shape, weight=weight, bias=bias)
     after = activation, negative_slope, approximate
     _only_rows(name, order, shape_of, x, residual=residual)
+    valid = check_mask(name, x, mask, lengths, order, others)
     return call.forward(
         name, x, out, order, shape_of, weight, bias, eps, others, return_stats, 0, backend,
-        num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
-        out_sum=out_sum,
+        num_threads, fused=_with_sum(name, x, residual, out_sum, valid, *after),
+        with_sum=True, out_sum=out_sum,
     )
 
 
-def _with_sum(name, x, residual, out_sum, *after):
+def _with_sum(name, x, residual, out_sum, valid, *after):
     if out_sum is not None and residual is None:
         raise ValueError(f"{name}: out_sum without residual, expected both or none")
-    return check_fused(name, x, *after, residual)
+    return check_fused(name, x, *after, residual, valid=valid)
 
 
 def layer_norm_backward(
     dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
     dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
+    mask=None,
+    lengths=None,
 ):
     """Gradients of layer_norm; the formula of batch_norm_backward with means over a row.
 
@@ -132,7 +136,10 @@ def layer_norm_backward(
     shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
     check_trailing(name, x, shape, weight=weight, bias=bias)
     _only_rows(name, order, shape_of, x, dsum=dsum)
-    fused = check_fused(name, x, activation, negative_slope, approximate, None, bias, dsum)
+    fused = check_fused(
+        name, x, activation, negative_slope, approximate, None, bias, dsum,
+        check_mask(name, x, mask, lengths, order, others),
+    )
     return call.backward(
         name, dy, x, stats, weight, out, order, shape_of, others, shape, 0, backend, num_threads,
         True, fused,
@@ -142,7 +149,8 @@ def layer_norm_backward(
 def rms_norm(
     x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
     num_threads=None, residual=None, out_sum=None, activation=None, negative_slope=0.01,
-    approximate="none", axis=None,
+    approximate="none", axis=None, mask=None,
+    lengths=None,
 ):
     """Divide by the root of the mean square over the trailing axes, or over others.
 
@@ -174,16 +182,18 @@ def rms_norm(
         eps = x.eps if isinstance(x, DeviceArray) else TABLE[x.dtype].eps
     after = activation, negative_slope, approximate
     _only_rows(name, order, shape_of, x, residual=residual)
+    valid = check_mask(name, x, mask, lengths, order, others)
     return call.forward(
         name, x, out, order, shape_of, weight, None, eps, others, return_stats, NO_MEAN, backend,
-        num_threads, fused=_with_sum(name, x, residual, out_sum, *after), with_sum=True,
-        out_sum=out_sum,
+        num_threads, fused=_with_sum(name, x, residual, out_sum, valid, *after),
+        with_sum=True, out_sum=out_sum,
     )
 
 
 def rms_norm_backward(
     dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
-    dsum=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
+    dsum=None, activation=None, negative_slope=0.01, approximate="none", axis=None, mask=None,
+    lengths=None,
 ):
     """Gradients of rms_norm.
 
@@ -204,7 +214,10 @@ def rms_norm_backward(
     shape, others, order, shape_of = _normalized_shape(name, x, normalized_shape, axis)
     check_trailing(name, x, shape, weight=weight)
     _only_rows(name, order, shape_of, x, dsum=dsum)
-    fused = check_fused(name, x, activation, negative_slope, approximate, dsum=dsum)
+    fused = check_fused(
+        name, x, activation, negative_slope, approximate, dsum=dsum,
+        valid=check_mask(name, x, mask, lengths, order, others),
+    )
     return call.backward(
         name, dy, x, stats, weight, out, order, shape_of, others, shape, NO_MEAN, backend,
         num_threads, False, fused,

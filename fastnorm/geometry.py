@@ -48,6 +48,16 @@ def channel_axis(channels_first):
     return 1 if channels_first else -1
 
 
+def positions(shape, channels_first):
+    """The shape without the channel axis, which a mask has: (N, *spatial)."""
+    return shape[:1] + shape[2:] if channels_first else shape[:-1]
+
+
+def at_positions(mask, channels_first):
+    """A mask as it broadcasts against an array with a channel axis."""
+    return np.expand_dims(mask, channel_axis(channels_first))
+
+
 def lying(x, channels_first):
     """x as the C-contiguous array that its memory is, and whether *its* channels come first;
     None where its memory is neither channels first nor last."""

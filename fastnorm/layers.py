@@ -19,6 +19,11 @@ and `backend`, and every one that has parameters an `activation` (with `negative
     >>> y, total = layer(x, residual)    # total = x + residual, y = norm(total)
     >>> dx = layer.backward(dy, dtotal)  # of x and of the residual
 
+Batch, group, instance, layer and RMS norm are also told which positions count, by a mask or by
+lengths (see fastnorm.functional), which the backward remembers:
+
+    >>> y = fastnorm.BatchNorm1d(80)(x, lengths=lengths)    # x is (N, 80, L)
+
 state_dict() and load_state_dict() use PyTorch's key names, so that
 
     torch_layer.load_state_dict({k: torch.from_numpy(v) for k, v in layer.state_dict().items()})
@@ -194,21 +199,21 @@ class GroupNorm(Layer):
         self.affine = affine
         self._set_parameters((num_channels,), affine, affine)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, mask=None, lengths=None):
         self._follow(x)
         y, stats = functional.group_norm(
             x, self.num_groups, self.weight, self.bias, self.eps, layout=self.layout,
-            return_stats=True, residual=residual, **self._common(),
+            return_stats=True, residual=residual, mask=mask, lengths=lengths, **self._common(),
         )
-        self._saved = x, stats, residual
+        self._saved = x, stats, {"residual": residual, "mask": mask, "lengths": lengths}
         return y
 
     def backward(self, dy):
         """The gradient of the last input, and of its residual; adds to grad_weight, grad_bias."""
-        x, stats, residual = self._take_saved()
+        x, stats, beside = self._take_saved()
         return self._gradients(functional.group_norm_backward(
             dy, x, stats, self.num_groups, self.weight, layout=self.layout, bias=self.bias,
-            residual=residual, **self._common(),
+            **beside, **self._common(),
         ))
 
     def _describe(self):
@@ -223,10 +228,10 @@ class _RowNorm(Layer):
     def _common(self):
         return super()._common() | {"axis": self.axis}
 
-    def _keep(self, x, results):
+    def _keep(self, x, results, **beside):
         """Keep what the backward needs, and hand out y, or (y, sum)."""
         *results, stats = results
-        self._saved = results[-1] if len(results) == 2 else x, stats
+        self._saved = results[-1] if len(results) == 2 else x, stats, beside
         return tuple(results) if len(results) == 2 else results[0]
 
     def _describe(self):
@@ -272,20 +277,20 @@ class LayerNorm(_RowNorm):
         self.elementwise_affine = elementwise_affine
         self._set_parameters(self.normalized_shape, elementwise_affine, elementwise_affine and bias)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, mask=None, lengths=None):
         self._follow(x)
         return self._keep(x, functional_rows.layer_norm(
             x, self.normalized_shape, self.weight, self.bias, self.eps, return_stats=True,
-            residual=residual, **self._common(),
-        ))
+            residual=residual, mask=mask, lengths=lengths, **self._common(),
+        ), mask=mask, lengths=lengths)
 
     def backward(self, dy, dsum=None):
         """The gradient of the last input (and of its residual), dsum being what arrived at their
         sum from elsewhere; adds to grad_weight and grad_bias."""
-        x, stats = self._take_saved()
+        x, stats, beside = self._take_saved()
         return self._gradients(functional_rows.layer_norm_backward(
             dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, bias=self.bias,
-            **self._common(),
+            **beside, **self._common(),
         ))
 
 
@@ -323,19 +328,20 @@ class RMSNorm(_RowNorm):
         self.elementwise_affine = elementwise_affine
         self._set_parameters(self.normalized_shape, elementwise_affine, False)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, mask=None, lengths=None):
         self._follow(x)
         return self._keep(x, functional_rows.rms_norm(
             x, self.normalized_shape, self.weight, self.eps, return_stats=True, residual=residual,
-            **self._common(),
-        ))
+            mask=mask, lengths=lengths, **self._common(),
+        ), mask=mask, lengths=lengths)
 
     def backward(self, dy, dsum=None):
         """The gradient of the last input (and of its residual), dsum being what arrived at their
         sum from elsewhere; adds to grad_weight."""
-        x, stats = self._take_saved()
+        x, stats, beside = self._take_saved()
         return self._gradients(functional_rows.rms_norm_backward(
-            dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, **self._common()
+            dy, x, stats, self.normalized_shape, self.weight, dsum=dsum, **beside,
+            **self._common(),
         ))
 
 

@@ -109,7 +109,7 @@ class _BatchNorm(_ChannelNorm):
             return self.momentum
         return 1.0 / (float(self.num_batches_tracked or 0) + 1.0)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, mask=None, lengths=None):
         """Normalize x; in training also move the running statistics."""
         self._check_rank(x)
         self._follow(x)
@@ -123,19 +123,20 @@ class _BatchNorm(_ChannelNorm):
             x, self.running_mean if running else None, self.running_var if running else None,
             self.weight, self.bias, use_batch, self._momentum(), self.eps,
             layout=self.layout, return_stats=True, residual=residual, update=bool(moving),
-            nan_policy=self.nan_policy, ghost_size=self.ghost_size, **self._common(),
+            nan_policy=self.nan_policy, ghost_size=self.ghost_size, mask=mask, lengths=lengths,
+            **self._common(),
         )
         if moving:
             self.num_batches_tracked += 1
-        self._saved = x, stats, residual
+        self._saved = x, stats, {"residual": residual, "mask": mask, "lengths": lengths}
         return y
 
     def backward(self, dy):
         """The gradient of the last input, and of its residual; adds to grad_weight, grad_bias."""
-        x, stats, residual = self._take_saved()
+        x, stats, beside = self._take_saved()
         return self._gradients(functional.batch_norm_backward(
-            dy, x, stats, self.weight, layout=self.layout, bias=self.bias, residual=residual,
-            ghost_size=self.ghost_size, **self._common(),
+            dy, x, stats, self.weight, layout=self.layout, bias=self.bias,
+            ghost_size=self.ghost_size, **beside, **self._common(),
         ))
 
 
@@ -178,33 +179,38 @@ class _InstanceNorm(_ChannelNorm):
             approximate=approximate,
         )
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, mask=None, lengths=None):
         """Normalize x; in training also move the running statistics, where there are any."""
         self._check_rank(x)
         self._follow(x)
         alone = x.ndim == self._ranks[0]
         batched = x[np.newaxis] if alone else x
-        if alone and residual is not None:
-            residual = residual[np.newaxis]
+        beside = {"residual": residual, "mask": mask, "lengths": lengths}
+        if alone:  # lengths is one number
+            beside = {
+                what: array if array is None else
+                [array] if what == "lengths" else array[np.newaxis]
+                for what, array in beside.items()
+            }
         use_input = self.training or not self.track_running_stats
         y, stats = functional.instance_norm(
             batched, self.running_mean, self.running_var, self.weight, self.bias, use_input,
             self.momentum or 0.0, self.eps, layout=self.layout, return_stats=True,
-            residual=residual, **self._common(),
+            **beside, **self._common(),
         )
-        self._saved = batched, stats, residual, alone
+        self._saved = batched, stats, beside, alone
         return y[0] if alone else y
 
     def backward(self, dy):
         """The gradient of the last input, and of its residual; adds to grad_weight, grad_bias."""
-        x, stats, residual, alone = self._take_saved()
+        x, stats, beside, alone = self._take_saved()
         found = self._gradients(functional.instance_norm_backward(
             dy[np.newaxis] if alone else dy, x, stats, self.weight, layout=self.layout,
-            bias=self.bias, residual=residual, **self._common(),
+            bias=self.bias, **beside, **self._common(),
         ))
         if not alone:
             return found
-        return tuple(a[0] for a in found) if residual is not None else found[0]
+        return found[0] if beside["residual"] is None else tuple(a[0] for a in found)
 
 
 class _Lazy:
@@ -213,13 +219,13 @@ class _Lazy:
     def __init__(self, *args, **keywords):
         super().__init__(None, *args, **keywords)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, *inputs, **keywords):
         if self.num_features is None:
             self._check_rank(x)
             first = checks.channels_first(type(self).__name__, self.layout)
             alone = isinstance(self, _InstanceNorm) and x.ndim == self._ranks[0]
             self._allocate(x.shape[-1 if not first else 0 if alone else 1])
-        return super().forward(x, residual)
+        return super().forward(x, *inputs, **keywords)
 
 
 def _dimensions(base, ranks, inputs, lazy):

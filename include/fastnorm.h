@@ -17,7 +17,7 @@ extern "C" {
  *
  * libfastnorm computes batch, instance, group, layer and RMS normalization, forward and
  * backward, on dense arrays of float32, float64, float16 and bfloat16, channels first or last,
- * and in the same pass a residual and an activation.
+ * and in the same pass a residual, an activation and a mask of what counts.
  * It needs libc and libm, and OpenMP where it was built with it. It needs no Python.
  *
  * What it promises, everywhere:
@@ -256,6 +256,7 @@ typedef struct fastnorm_forward_args {
     double *rstd;
     const void *residual; /* like x, or NULL */
     void *sum;            /* like x, or NULL: see fastnorm_forward */
+    const uint8_t *mask;  /* [b][o][i][s], or NULL: see below */
 } fastnorm_forward_args;
 
 typedef struct fastnorm_backward_args {
@@ -277,7 +278,19 @@ typedef struct fastnorm_backward_args {
     const void *residual;
     void *dresidual;      /* like x, or NULL: see fastnorm_backward */
     const void *dsum;     /* like x, or NULL; only where o, i and s are 1 */
+    const uint8_t *mask;  /* the forward's */
 } fastnorm_backward_args;
+
+/* A mask says with a byte for each (b, o, i, s) which values count: those whose byte is not 0. The
+ * others, padding, belong to no set, whatever they hold, NaN too: neither statistics nor gradients
+ * of parameters meet them, and y, sum, dx and dresidual are 0 there. A set without values has
+ * statistics of 0 (rstd too) and moves no running statistic; a single value moves running_var by 0.
+ * For an array (N, C, spatial...) or (N, spatial..., C) it is an array (N, spatial...). */
+
+/* The mask of padded sequences: (n, length) bytes, 1 for the first lengths[j] of row j and else 0.
+ * A length below 0 is FASTNORM_NEGATIVE_SIZE, one above `length` FASTNORM_SIZE_OVERFLOW. */
+FASTNORM_API fastnorm_status fastnorm_mask_of_lengths(int64_t n, int64_t length,
+                                                      const int64_t *lengths, uint8_t *mask);
 
 /* y = activation((x - mean)*rstd*weight + bias + residual). Statistics of an empty set are 0.
  *

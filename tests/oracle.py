@@ -118,3 +118,31 @@ def activation(z, kind, slope=0.01):
     slope_of_inner = np.sqrt(2 / WIDE(math.pi)) * (1 + 3 * WIDE("0.044715") * z**2)
     tanh = np.tanh(inner)
     return z * (1 + tanh) / 2, (1 + tanh) / 2 + z / 2 * (1 - tanh**2) * slope_of_inner
+
+
+def masked_norm(x, dy, valid, axes, weight, bias, eps, centred=True):
+    """What normalizes over `axes` only the values where `valid` (like x) is True, and its
+    gradients; zeros elsewhere, and for sets without such values. weight and bias broadcast.
+
+    Returns a dict of y, mean, var, rstd (axes kept), dx, and the terms dy*xhat and dy, whose sums
+    are dweight and dbias.
+    """
+    x, dy = (np.where(valid, a, 0).astype(WIDE) for a in (x, dy))
+    count = np.maximum(np.sum(valid, axis=axes, keepdims=True), 1)
+
+    def mean_of(values):
+        return np.sum(np.where(valid, values, 0), axis=axes, keepdims=True) / count
+
+    mean = mean_of(x) if centred else WIDE(0) * mean_of(x)
+    var = mean_of((x - mean) ** 2)
+    rstd = np.where(np.any(valid, axis=axes, keepdims=True), 1 / np.sqrt(var + WIDE(eps)), 0)
+    xhat = (x - mean) * rstd
+    gy = dy * weight
+    dx = gy - xhat * mean_of(gy * xhat) - (mean_of(gy) if centred else 0)
+    return {
+        "y": np.where(valid, xhat * weight + bias, 0),
+        "mean": mean, "var": var, "rstd": rstd,
+        "dx": np.where(valid, dx * rstd, 0),
+        "dweight": np.where(valid, dy * xhat, 0),
+        "dbias": np.where(valid, dy, 0),
+    }

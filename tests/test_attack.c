@@ -42,7 +42,7 @@ static int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint32_t)n);
 
 /* ---- buffers ------------------------------------------------------------------------------- */
 
-enum { X, DY, RESIDUAL, DSUM, WEIGHT, BIAS, INPUTS, Y = INPUTS, SUM, DX, DRESIDUAL, DWEIGHT, DBIAS,
+enum { X, DY, RESIDUAL, DSUM, WEIGHT, BIAS, MASK, INPUTS, Y = INPUTS, SUM, DX, DRESIDUAL, DWEIGHT, DBIAS,
        MEAN, VAR, RSTD, BUFFERS };
 
 typedef struct buffer {
@@ -75,7 +75,7 @@ static buffer allocate(size_t bytes, place where)
 typedef struct problem {
     fastnorm_geometry shape;
     int32_t dtype, flags, activation;
-    int residual, sum;
+    int residual, sum, mask;
 } problem;
 
 static size_t size_of(int32_t dtype)
@@ -89,6 +89,7 @@ static size_t count_of(const problem *p, int which)
     if (which == WEIGHT || which == BIAS || which == DWEIGHT || which == DBIAS)
         return (size_t)(s->g * s->k);
     if (which >= MEAN) return (size_t)(s->b * s->g * (s->s > 1 ? s->s : 1));
+    if (which == MASK) return (size_t)(s->b * s->o * s->i * (s->s > 1 ? s->s : 1));
     return (size_t)(s->b * s->o * s->g * s->k * s->i * (s->s > 1 ? s->s : 1));
 }
 
@@ -124,6 +125,7 @@ static fastnorm_status run(const problem *p, buffer *all, const fastnorm_options
     f.x = all[X].start;
     f.residual = p->residual ? all[RESIDUAL].start : NULL;
     f.sum = p->sum ? all[SUM].start : NULL;
+    f.mask = p->mask ? (const uint8_t *)all[MASK].start : NULL;
     f.weight = all[WEIGHT].start;
     f.bias = all[BIAS].start;
     f.y = all[Y].start;
@@ -150,6 +152,7 @@ static fastnorm_status run(const problem *p, buffer *all, const fastnorm_options
     b.residual = p->residual && !p->sum ? f.residual : NULL;
     b.dresidual = p->residual && !p->sum && p->activation ? all[DRESIDUAL].start : NULL;
     b.dsum = p->sum ? all[DSUM].start : NULL;
+    b.mask = f.mask;
     return fastnorm_backward(&p->shape, &b, options);
 }
 
@@ -157,9 +160,15 @@ static void open_buffers(const problem *p, buffer *all, place where)
 {
     for (int which = 0; which < BUFFERS; which++) {
         const size_t count = count_of(p, which);
-        all[which] = allocate(count * (which >= MEAN ? 8 : size_of(p->dtype)), where);
+        const size_t size = which >= MEAN ? 8 : which == MASK ? 1 : size_of(p->dtype);
+        all[which] = allocate(count * size, where);
         state = (uint32_t)which;
-        for (size_t at = 0; which < INPUTS && at < count; at++) {
+        for (size_t at = 0; which == MASK && at < count; at++) {
+            /* Whole stretches that count, that do not, and mixed ones. */
+            const int stretch = (int)(at / 37 % 3);
+            all[MASK].start[at] = (char)(stretch == 2 ? (int)(random_bits() % 2) : stretch);
+        }
+        for (size_t at = 0; which < MASK && at < count; at++) {
             const float value = 1 + (float)random_bits() / (1 << 24);
             store(&all[which], at, p->dtype, which != WEIGHT && random_bits() % 2 ? -value : value);
         }
@@ -195,9 +204,11 @@ static void test_guard_pages(const problem *p)
             status = run(p, found, &options);
             if (status != FASTNORM_BAD_ISA &&
                 !CHECK(status == FASTNORM_OK && same_bits(wanted, found)))
-                printf("  shape %d %d %d %d %d %d, dtype %d, flags %d, activation %d, level %d\n",
+                printf("  shape %d %d %d %d %d %d, dtype %d, flags %d, activation %d, mask %d, "
+                       "level %d\n",
                        (int)p->shape.b, (int)p->shape.o, (int)p->shape.g, (int)p->shape.k,
-                       (int)p->shape.i, (int)p->shape.s, p->dtype, p->flags, p->activation, options.isa);
+                       (int)p->shape.i, (int)p->shape.s, p->dtype, p->flags, p->activation,
+                       p->mask, options.isa);
             close_buffers(found);
         }
     close_buffers(wanted);
@@ -229,6 +240,7 @@ static void test_shapes(int turns)
         p.activation = (int32_t)below(6);
         p.residual = (int)below(2);
         p.sum = p.residual && p.shape.o == 1 && p.shape.i == 1 && p.shape.s < 2 && below(2);
+        p.mask = below(3) == 0;
         test_guard_pages(&p);
     }
 }
@@ -257,7 +269,7 @@ void free(void *memory)
 static void test_allocations(void)
 {
 #if defined(COUNTED_MALLOC)
-    const problem p = {{3, 1, 5, 4, 50, 1}, FASTNORM_FLOAT32, 0, FASTNORM_SILU, 1, 0};
+    const problem p = {{3, 1, 5, 4, 50, 1}, FASTNORM_FLOAT32, 0, FASTNORM_SILU, 1, 0, 1};
     buffer all[BUFFERS], before[BUFFERS];
     fastnorm_options options;
     size_t bytes = 0;
@@ -297,7 +309,7 @@ static void test_allocations(void)
 
 static void test_bad_calls(int turns)
 {
-    const problem p = {{2, 1, 3, 4, 5, 1}, FASTNORM_FLOAT32, 0, 0, 0, 0};
+    const problem p = {{2, 1, 3, 4, 5, 1}, FASTNORM_FLOAT32, 0, 0, 0, 0, 0};
     buffer all[BUFFERS], before[BUFFERS];
     int refused = 0;
     open_buffers(&p, all, PAGE_BEHIND);
@@ -363,7 +375,7 @@ static void test_bad_calls(int turns)
 
 static void test_the_callers_state(void)
 {
-    const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0};
+    const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0, 0};
     buffer all[BUFFERS];
     sigset_t signals, after;
     open_buffers(&p, all, ORDINARY);
@@ -386,7 +398,7 @@ static void test_the_callers_state(void)
 /* A child, its child and its child, after the parent had threads. */
 static void test_nested_forks(void)
 {
-    const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, 0, 0, 0};
+    const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, 0, 0, 0, 0};
     buffer wanted[BUFFERS], found[BUFFERS];
     int status = -1;
     pid_t child;

@@ -298,6 +298,89 @@ static void test_fusion(void)
     CHECK(right);
 }
 
+/* Padded sequences, channels first, against the packed ones. */
+static void test_mask(void)
+{
+    enum { N = 3, C = 4, L = 17, VALID = 7 + 0 + 17 };
+    static const int64_t lengths[N] = {7, 0, 17}, long_[N] = {7, 0, L + 1}, negative[N] = {7, -1, 2};
+    static float in[N * C * L], grad[N * C * L], out[N * C * L], dout[N * C * L];
+    static float packed[VALID * C], packed_grad[VALID * C], wanted[VALID * C], dwanted[VALID * C];
+    static uint8_t mask[N * L];
+    double batch_mean[C], batch_rstd[C], packed_mean[C], packed_rstd[C];
+    float running[2][C] = {{0}}, sums[2][2][C];
+    fastnorm_geometry sequences = {1, N, C, 1, L, 1};
+    fastnorm_forward_args forward = forward_args();
+    fastnorm_backward_args backward = backward_args();
+    int at = 0;
+    memset(mask, 9, sizeof mask);
+    CHECK(fastnorm_mask_of_lengths(N, L, long_, mask) == FASTNORM_SIZE_OVERFLOW);
+    CHECK(fastnorm_mask_of_lengths(N, L, negative, mask) == FASTNORM_NEGATIVE_SIZE);
+    CHECK(fastnorm_mask_of_lengths(N, -1, lengths, mask) == FASTNORM_NEGATIVE_SIZE);
+    CHECK(fastnorm_mask_of_lengths(N, INT64_MAX, lengths, mask) == FASTNORM_SIZE_OVERFLOW);
+    CHECK(fastnorm_mask_of_lengths(N, L, NULL, mask) == FASTNORM_NULL_POINTER);
+    CHECK(fastnorm_mask_of_lengths(N, L, lengths, NULL) == FASTNORM_NULL_POINTER);
+    CHECK(mask[0] == 9 && memcmp(mask, mask + 1, sizeof mask - 1) == 0);
+    CHECK(fastnorm_mask_of_lengths(0, L, NULL, NULL) == FASTNORM_OK);
+    CHECK(fastnorm_mask_of_lengths(N, L, lengths, mask) == FASTNORM_OK);
+    for (int n = 0; n < N; n++)
+        for (int l = 0; l < L; l++) {
+            CHECK(mask[n * L + l] == (l < lengths[n]));
+            for (int c = 0; c < C; c++) {
+                const int here = (n * C + c) * L + l;
+                in[here] = l < lengths[n] ? (float)(here * 7 % 31) : NAN;
+                grad[here] = l < lengths[n] ? (float)(here * 5 % 23) : NAN;
+                if (l < lengths[n]) {
+                    packed[at * C + c] = in[here];
+                    packed_grad[at * C + c] = grad[here];
+                }
+            }
+            at += l < lengths[n];
+        }
+    forward.x = in;
+    forward.y = out;
+    forward.mean = batch_mean;
+    forward.var = NULL;
+    forward.rstd = batch_rstd;
+    forward.running_mean = running[0];
+    forward.running_var = running[1];
+    forward.momentum = 1;
+    forward.mask = mask;
+    CHECK(fastnorm_forward(&sequences, &forward, NULL) == FASTNORM_OK);
+    CHECK(fastnorm_batch_norm(FASTNORM_FLOAT32, FASTNORM_NHWC, VALID, C, 1, packed, weight, bias,
+                              1e-5, wanted, packed_mean, packed_rstd, NULL) == FASTNORM_OK);
+    backward.dy = grad;
+    backward.x = in;
+    backward.dx = dout;
+    backward.mean = batch_mean;
+    backward.rstd = batch_rstd;
+    backward.dweight = sums[0][0];
+    backward.dbias = sums[0][1];
+    backward.mask = mask;
+    CHECK(fastnorm_backward(&sequences, &backward, NULL) == FASTNORM_OK);
+    CHECK(fastnorm_batch_norm_backward(FASTNORM_FLOAT32, FASTNORM_NHWC, VALID, C, 1, packed_grad,
+                                       packed, weight, packed_mean, packed_rstd, dwanted,
+                                       sums[1][0], sums[1][1], NULL) == FASTNORM_OK);
+    at = 0;
+    for (int n = 0; n < N; n++)
+        for (int l = 0; l < L; l++) {
+            for (int c = 0; c < C; c++) {
+                const int here = (n * C + c) * L + l;
+                const int counts = l < lengths[n];
+                const float y_wanted = counts ? wanted[at * C + c] : 0;
+                const float dx_wanted = counts ? dwanted[at * C + c] : 0;
+                CHECK(fabsf(out[here] - y_wanted) < 1e-5f && fabsf(dout[here] - dx_wanted) < 1e-5f);
+            }
+            at += l < lengths[n];
+        }
+    for (int c = 0; c < C; c++) {
+        const double var = 1 / (packed_rstd[c] * packed_rstd[c]) - 1e-5;
+        CHECK(fabs(batch_mean[c] - packed_mean[c]) < 1e-6);
+        CHECK(fabs(running[0][c] - packed_mean[c]) < 1e-5);
+        CHECK(fabs(running[1][c] - var * VALID / (VALID - 1.0)) < 1e-3);
+        CHECK(fabsf(sums[0][0][c] - sums[1][0][c]) < 1e-3f && sums[0][1][c] == sums[1][1][c]);
+    }
+}
+
 /* Ones and their negatives, of which each type holds the values exactly: bits of 1.0 are known. */
 static void test_short_types(void)
 {
@@ -425,6 +508,7 @@ int main(void)
     test_errors();
     test_values();
     test_fusion();
+    test_mask();
     test_short_types();
     test_options();
     test_threads();

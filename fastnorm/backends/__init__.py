@@ -38,6 +38,7 @@ class Fused(NamedTuple):
     bias: object = None  # backward: the forward's, of an activation
     dresidual: object = None  # backward: receives the residual's gradient, of an activation
     dsum: object = None  # backward: added to dx
+    mask: object = None  # bool [b][o][i][s]: which values count; all outputs are 0 elsewhere
 
 
 NOTHING = Fused()

@@ -41,6 +41,7 @@ cdef extern from "fastnorm.h" nogil:
         double* rstd
         const void* residual
         void* sum
+        const unsigned char* mask
 
     ctypedef struct fastnorm_backward_args:
         size_t struct_size
@@ -58,6 +59,7 @@ cdef extern from "fastnorm.h" nogil:
         const void* residual
         void* dresidual
         const void* dsum
+        const unsigned char* mask
 
     fastnorm_status fastnorm_forward(
         const fastnorm_geometry*, const fastnorm_forward_args*, const fastnorm_options*)
@@ -202,6 +204,7 @@ def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_m
         args.negative_slope = fused.slope
         args.residual = data(fused.residual)
         args.sum = data(fused.sum)
+        args.mask = <const unsigned char*> data(fused.mask)
     with nogil:
         status = fastnorm_forward(&sizes, &args, &options)
     finish(status)
@@ -235,6 +238,7 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
         args.residual = data(fused.residual)
         args.dresidual = data(fused.dresidual)
         args.dsum = data(fused.dsum)
+        args.mask = <const unsigned char*> data(fused.mask)
     with nogil:
         status = fastnorm_backward(&sizes, &args, &options)
     finish(status)

@@ -13,9 +13,11 @@ import numpy as np
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
 from fastnorm.backends import numba_columns as columns
 from fastnorm.backends import numba_fused as after
+from fastnorm.backends import numba_masks as masks
 from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
 from fastnorm.backends.numba_jit import KERNELS, launched
+from fastnorm.backends.reference import move, values_of
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import Geometry
 
@@ -122,6 +124,10 @@ def forward(
                 running_var, momentum, flags, num_threads, fused)
         _turn_back(geometry, into, y)
         return
+    if fused.mask is not None and x.size > 0:
+        masks.forward(forward, geometry, x, y, weight, bias, eps, (mean, var, rstd),
+                      (running_mean, running_var), momentum, flags, num_threads, fused)
+        return
     sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
     if fused.sum is not None:
         x = np.add(x, fused.residual, out=fused.sum)
@@ -172,10 +178,11 @@ def forward(
             run(after.finish, flat[1], _flat(residual) if has_residual else flat[1],
                 fused.activation, fused.slope, has_residual)
     if not given:
-        count = geometry.values
-        unbiased = 1 if flags & BIASED_RUNNING_VAR else count / max(count - 1, 1)
-        _move(running_mean, mean, geometry, momentum)
-        _move(running_var, var * unbiased, geometry, momentum)
+        count = values_of(geometry, fused)
+        unbiased = 1 if flags & BIASED_RUNNING_VAR else count / np.maximum(count - 1, 1)
+        shape = geometry.b, geometry.g
+        move(running_mean, mean.reshape(shape), count, momentum)
+        move(running_var, var.reshape(shape) * unbiased, count, momentum)
 
 
 def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
@@ -196,12 +203,6 @@ def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mea
     run(columns.map_tiles, x, y, coefficients, sizes, cut, streaming)
 
 
-def _move(running, found, geometry, momentum):
-    if running is not None:
-        batch = found.reshape(geometry.b, geometry.g).mean(axis=0)
-        running[:] = (1 - momentum) * running.astype(np.float64) + momentum * batch
-
-
 def backward(
     geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused=NOTHING
 ):
@@ -214,6 +215,10 @@ def backward(
         _turn_back(geometry, into, dx)
         if fused.dresidual is not None:
             _turn_back(geometry, fused.dresidual, given.dresidual)
+        return
+    if fused.mask is not None and x.size > 0:
+        masks.backward(backward, geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags,
+                       num_threads, fused)
         return
     sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
     if x.size == 0:

@@ -133,6 +133,10 @@ cdef void exact_set(const fn_task* t, const stored* x, double about, double* mea
         var[0] = (q - s * s / count) / count
 
 
+cdef inline bint left_out(const fn_task* t, int64_t set_) noexcept nogil:
+    return t.mask != NULL and not t.mask[set_]
+
+
 cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, int64_t n,
                              strip* w) noexcept nogil:
     """Statistics out, and into w the coefficients of y = (x - hi)*scale + shift.
@@ -145,11 +149,18 @@ cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, in
     cdef int any_cancels = 0
     if not t.has_mean:
         memset(w.total_s, 0, n * sizeof(double))
+    if t.mask != NULL:
+        for c in range(n):
+            if left_out(t, set_ + c):
+                w.hi[c] = 0
+                w.total_s[c] = w.total_q[c] = 0
     for c in range(n):
         any_cancels |= <int> cancels(w.total_s[c], w.total_q[c], count)
     if any_cancels:
         for c in range(n):
             s = w.total_s[c]
+            if left_out(t, set_ + c):
+                continue
             if cancels(s, w.total_q[c], count):
                 exact_set(t, x + c, w.hi[c], &mean[c], &var[c])
             else:
@@ -166,6 +177,10 @@ cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, in
         memcpy(t.var + set_, var, n * sizeof(double))
     for c in range(n):
         var[c] = 1.0 / sqrt(var[c] + eps)
+    if t.mask != NULL:
+        for c in range(n):
+            if left_out(t, set_ + c):
+                var[c] = 0
     if t.rstd != NULL:
         memcpy(t.rstd + set_, var, n * sizeof(double))
     for c in range(n):
@@ -261,7 +276,7 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
             flush(&w, n)
             since = 0
     finish_sets(t, x, set_, n, &w)
-    if fused(t):
+    if t.fused:
         for row in range(t.k):
             load_row(&w, n, weight[row], bias[row])
             map_fused(t, at + row * t.s, n, w.hi, w.row_scale, w.row_shift, True, NULL, NULL)
@@ -368,7 +383,9 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef strip w
-    cdef int64_t unit, n, set_, at, row
+    cdef stored kept[PLACES]
+    cdef stored kept_dy[PLACES]
+    cdef int64_t unit, n, set_, at, row, r
     cdef double* dweight = p.partial + 2 * part * t.k
     cdef const work* weight = <const work*> t.weight
     cdef const stored* x
@@ -385,8 +402,13 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
                 map_fused(t, at + row * t.s, n, w.hi, w.row_scale, w.row_shift, True, NULL, NULL)
         clear(&w)
         for row in range(t.k):
-            sum_row(x + row * t.s, dy + row * t.s, n, &w, weight[row], dweight + row,
-                    dweight + t.k + row)
+            if t.mask == NULL:
+                sum_row(x + row * t.s, dy + row * t.s, n, &w, weight[row], dweight + row,
+                        dweight + t.k + row)
+            else:
+                keep_valid(x + row * t.s, t.mask + set_, n, 0, kept)
+                keep_valid(dy + row * t.s, t.mask + set_, n, 0, kept_dy)
+                sum_row(kept, kept_dy, n, &w, weight[row], dweight + row, dweight + t.k + row)
             if row % RUN == RUN - 1 or row == t.k - 1:
                 flush(&w, n)
         finish_terms(t, set_, n, &w)
@@ -394,7 +416,10 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
         while row < t.k:
             map_rows(x + row * t.s, dy + row * t.s, <stored*> t.y + at + row * t.s,
                      minimum(STEP, t.k - row), t.s, n, w.hi, w.row_scale, w.row_shift, w.scale,
-                     weight + row, NULL, t.stream)
+                     weight + row, NULL, t.stream and t.mask == NULL)
+            if t.mask != NULL:
+                for r in range(row, minimum(t.k, row + STEP)):
+                    blank(<stored*> t.y + at + r * t.s, t.mask + set_, n)
             row += STEP
     if t.stream:
         stream_end()

@@ -3,7 +3,8 @@ channels, and sums run down the columns of an (o, g*k) matrix, one for each b.
 
 Few columns would leave vectors empty. The matrix (o, c) is therefore read as (o/r, r*c), with
 r*c a multiple of the vector; the r copies of a column are merged when its sums are finished.
-What o/r leaves over is one more, shorter row.
+What o/r leaves over is one more, shorter row. With a mask r is 1: a row counts or does not, and
+is left out.
 
 A slice of b is done in three steps: sums of each tile of rows, statistics and coefficients of
 each column, and the map, last tile first, so that the end of the sums' read is still in cache.
@@ -51,11 +52,11 @@ cdef struct plan:
     int64_t slot  # and for a slice
 
 
-cdef void cut(plan* p, const fn_task* t) noexcept nogil:
+cdef void cut(plan* p, const fn_task* t, bint masked) noexcept nogil:
     p.task = t
     p.channels = t.g * t.k
     p.copies = 1
-    if p.channels < 256:
+    if p.channels < 256 and not masked:
         while p.copies * p.channels % NARROW != 0 or p.copies * p.channels < WIDE:
             p.copies += 1
         p.copies = minimum(p.copies, t.o)
@@ -77,10 +78,11 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
 
 
 cdef public size_t columns_scratch(const fn_task* t) noexcept nogil:
-    """Bytes of scratch for a forward or a backward."""
-    cdef plan p
-    cut(&p, t)
-    return p.batch * p.slot
+    """Bytes of scratch for a forward or a backward, with a mask or without."""
+    cdef plan p, masked
+    cut(&p, t, False)
+    cut(&masked, t, True)
+    return maximum(p.batch * p.slot, masked.batch * masked.slot)
 
 
 cdef inline double* sums_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -98,8 +100,14 @@ cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
     return <work*> sums_of(p, b, p.tiles)
 
 
-cdef inline int64_t count_of(const plan* p, int64_t column) noexcept nogil:
+cdef inline int64_t count_of(const plan* p, int64_t b, int64_t column) noexcept nogil:
+    if p.task.mask != NULL:
+        return p.task.counts[b]
     return p.rows + (1 if column < p.rest else 0)
+
+
+cdef inline bint left_out(const plan* p, int64_t b, int64_t row) noexcept nogil:
+    return p.task.mask != NULL and not p.task.mask[b * p.task.o + row]
 
 
 # ---- sums --------------------------------------------------------------------------------
@@ -137,16 +145,25 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     memset(total, 0, 2 * p.width * sizeof(double))
     memset(s, 0, 2 * p.padded * sizeof(work))
     while row < stop:
-        count = minimum(p.step, stop - row)
+        count = minimum(minimum(p.step, stop - row), RUN - since)
+        count = valid_rows(t, b * t.o + row, count)
+        if count == 0:
+            if t.upstream != NULL:
+                map_fused_rows(p, b, row, 1, 0, p.width)
+            row += 1
+            continue
         if t.upstream != NULL:
             map_fused_rows(p, b, row, count, 0, p.width)
         sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about, s, q)
         row += count
         since += count
-        if since >= RUN or row == stop:
+        if since == RUN:
             flush_columns(p.width, s, total)
             flush_columns(p.width, q, total + p.width)
             since = 0
+    if since > 0:
+        flush_columns(p.width, s, total)
+        flush_columns(p.width, q, total + p.width)
     if tile == p.tiles - 1 and p.rest > 0:
         if t.upstream != NULL:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
@@ -217,17 +234,19 @@ cdef inline int64_t map_rows_down(
 cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
-    cdef int64_t at = b * t.o * p.channels + row * p.width, n, c = 0, _r
+    cdef int64_t at = b * t.o * p.channels + row * p.width, n, c = 0, r
     cdef const work* hi = coefficients_of(p, b)
     cdef const work* scale = hi + p.padded
     cdef const work* shift = scale + p.padded
     cdef const work* dscale = shift + p.padded
-    cdef bint after = t.dy == NULL and fused(t)
+    cdef bint after = t.dy == NULL and t.fused
     if after:
         while c < p.width:
             n = minimum(STRIP, p.width - c)
             map_fused_rows(p, b, row, stop - row, c, n)
             c += n
+    elif t.mask != NULL:
+        pass
     elif p.width == 4 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 4)
     elif p.width == 3 * WIDTH:
@@ -235,9 +254,12 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     while c < p.width:
         n = minimum(STRIP, p.width - c)
         at = b * t.o * p.channels + row * p.width + c
-        for _r in range(row, stop):
-            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n,
-                    hi + c, scale + c, shift + c, dscale + c, t.stream)
+        for r in range(row, stop):
+            if left_out(p, b, r):
+                memset(<stored*> t.y + at, 0, n * sizeof(stored))
+            else:
+                map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at),
+                        <stored*> t.y + at, n, hi + c, scale + c, shift + c, dscale + c, t.stream)
             at += p.width
         c += n
     if tile == p.tiles - 1 and p.rest > 0:
@@ -262,12 +284,18 @@ cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef double* total = sums_of(p, b, 0)
     cdef const stored* sampled
     cdef int64_t c, j, count = minimum(p.rows, minimum(2 * SAMPLES, maximum(4, p.rows // 8)))
+    cdef int64_t first = 0
     cdef double inverse = 1.0 / <double> count
+    while first < p.rows - 1 and left_out(p, b, first):
+        first += 1
+    x += first * p.width
     for c in range(c0, c1):
         total[c] = 0
     if t.has_mean:
         for j in range(1, count):
-            sampled = x + j * p.rows // count * p.width
+            if left_out(p, b, j * p.rows // count):
+                continue
+            sampled = x + (j * p.rows // count - first) * p.width
             for c in range(c0, c1):
                 total[c] = total[c] + (<double> widen(sampled[c]) - <double> widen(x[c]))
         for c in range(c0, c1):
@@ -284,7 +312,9 @@ cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
     cdef int64_t row
     cdef double d
     sums[0] = sums[1] = 0
-    for row in range(count_of(p, column)):
+    for row in range(p.rows + (1 if column < p.rest else 0)):
+        if left_out(p, b, row):
+            continue
         d = <double> widen(x[row * p.width]) - about
         sums[0] += d
         sums[1] += d * d
@@ -298,10 +328,14 @@ cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef double* q = s + p.width
     cdef double again[2]
     cdef double count, mean
-    cdef double whole = 1.0 / <double> p.rows, and_one = 1.0 / <double> (p.rows + 1)
+    cdef double whole = 1.0 / <double> maximum(1, count_of(p, b, p.rest))
+    cdef double and_one = 1.0 / <double> (p.rows + 1)
     cdef int64_t c
     for c in range(c0, c1):
-        count = <double> count_of(p, c)
+        count = <double> count_of(p, b, c)
+        if count == 0:
+            s[c] = q[c] = 0
+            continue
         if not t.has_mean:
             s[c] = 0
         if cancels(s[c], q[c], count):
@@ -326,19 +360,19 @@ cdef void merge_columns(const plan* p, int64_t b) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef double* means = sums_of(p, b, 0)
     cdef double* squares = means + p.width
-    cdef double first, mean, m2, d
+    cdef double first, mean, m2, d, count = values_of(t, b)
     cdef int64_t g, c, r
     for g in range(t.g):
         first = means[g * t.k]
         mean = m2 = 0
         for r in range(p.copies):
             for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
-                mean += (means[c] - first) * <double> count_of(p, c)
-        mean = first + mean / <double> (t.o * t.k)
+                mean += (means[c] - first) * <double> count_of(p, b, c)
+        mean = first + mean / count if count > 0 else 0
         for r in range(p.copies):
             for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
                 d = means[c] - mean
-                m2 += squares[c] + d * d * <double> count_of(p, c)
+                m2 += squares[c] + d * d * <double> count_of(p, b, c)
         means[g] = mean
         squares[g] = m2
 
@@ -355,7 +389,8 @@ cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1)
     cdef work* hi = coefficients_of(p, b)
     cdef work* scale = hi + p.padded
     cdef work* shift = scale + p.padded
-    cdef double inverse = 1.0 / <double> (t.o * t.k), eps = t.eps, scaled
+    cdef double values = values_of(t, b), eps = t.eps, scaled
+    cdef double inverse = 1.0 / values if values > 0 else 0
     cdef int64_t g, c, r, at = b * t.g
     if not t.given:
         if t.mean != NULL:
@@ -366,6 +401,8 @@ cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1)
             memcpy(t.var + at + g0, rstds + g0, (g1 - g0) * sizeof(double))
     for g in range(g0, g1):
         rstds[g] = 1.0 / sqrt(rstds[g] + eps)
+    if values == 0 and not t.given:
+        memset(rstds + g0, 0, (g1 - g0) * sizeof(double))
     if not t.given and t.rstd != NULL:
         memcpy(t.rstd + at + g0, rstds + g0, (g1 - g0) * sizeof(double))
     if t.k == 1:
@@ -479,7 +516,7 @@ cdef void run_batch(plan* p) noexcept nogil:
 
 cdef public void columns_forward(const fn_task* t) noexcept nogil:
     cdef plan p
-    cut(&p, t)
+    cut(&p, t, t.mask != NULL)
     p.b0 = 0
     while p.b0 < t.b:
         p.batch = minimum(p.batch, t.b - p.b0)
@@ -520,7 +557,7 @@ cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noex
     cdef double* s = sums_of(p, b, 0)
     cdef double* q = s + p.width
     cdef work* hi = coefficients_of(p, b)
-    cdef double mean, lo, rstd, m1, m2, count = <double> (t.o * t.k)
+    cdef double mean, lo, rstd, m1, m2, count = values_of(t, b)
     cdef int64_t g, c, r
     merge_tiles(p, b, c0, c1)
     for r in range(1, p.copies):
@@ -538,7 +575,7 @@ cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noex
             m2 += <double> weight[c] * q[c]
         m1 = m1 / count if t.has_mean else 0
         m2 = m2 / count
-        if t.given:
+        if t.given or count == 0:
             m1 = m2 = 0
         for c in range(g * t.k, (g + 1) * t.k):
             hi[p.padded + c] = <work> (-rstd * rstd * m2)
@@ -554,7 +591,7 @@ cdef public void columns_backward(const fn_task* t) noexcept nogil:
     cdef plan p
     cdef int64_t b, c
     cdef const double* s
-    cut(&p, t)
+    cut(&p, t, t.mask != NULL)
     for c in range(p.channels):
         t.dweight[c] = t.dbias[c] = 0
     p.b0 = 0

@@ -142,6 +142,7 @@ typedef struct pieces {
     double *mean, *var;       /* [g] */
     double *dweight, *dbias;  /* [g][k] */
     void *weight, *bias;      /* [g][k] */
+    int64_t *counts;          /* [b] */
     void *scratch;
 } pieces;
 
@@ -153,6 +154,9 @@ static size_t scratch_bytes(const fn_task *task, const fn_kernels *kernels)
     return in_columns(task) ? kernels->columns_scratch(task) : kernels->rows_scratch(task);
 }
 
+/* Whether a mask cuts sets, rather than leaving out whole ones. */
+static int has_counts(const fn_task *task) { return task->o * task->i > 1; }
+
 static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_kernels *kernels,
                     pieces *out)
 {
@@ -163,6 +167,7 @@ static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_ke
     out->dbias = take(from, channels * sizeof(double));
     out->weight = take(from, channels * dtype_size(work_dtype(dtype)));
     out->bias = take(from, channels * dtype_size(work_dtype(dtype)));
+    out->counts = take(from, has_counts(task) ? (size_t)task->b * sizeof(int64_t) : 0);
     out->scratch = take(from, scratch_bytes(task, kernels));
 }
 
@@ -201,6 +206,20 @@ fastnorm_status fastnorm_workspace_size(const fastnorm_geometry *geometry, fastn
         lay_out(&count, &task, dtype, fn_find_kernels(dtype, FASTNORM_ISA_BEST), &unused);
     *bytes = count.used + SLACK;
     return FASTNORM_OK;
+}
+
+/* The mask, and how much of it counts for each b. */
+static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
+{
+    const int64_t n = task->o * task->i;
+    task->mask = mask;
+    if (!mask || !has_counts(task)) return;
+    for (int64_t b = 0; b < task->b; b++, mask += n) {
+        int64_t count = 0;
+        for (int64_t at = 0; at < n; at++) count += mask[at] != 0;
+        counts[b] = count;
+    }
+    task->counts = counts;
 }
 
 /* The one place that decides between serial and parallel, plain and streaming stores. */
@@ -303,13 +322,26 @@ static const void *parameters(const void *given, int32_t param_dtype, double oth
     return copy;
 }
 
-static void move_running(void *running, int32_t dtype, const double *batch, double factor,
-                         double momentum, const fastnorm_geometry *s)
+/* Values of a set of b. */
+static double values_of(const fn_task *task, int64_t b)
 {
-    for (int64_t g = 0; running && g < s->g; g++) {
+    if (!task->mask) return (double)(task->o * task->k * task->i);
+    return (double)(task->k * (task->counts ? task->counts[b] : task->mask[b] != 0));
+}
+
+/* By the mean over b of the statistics, those of sets without a value left out. */
+static void move_running(void *running, int32_t dtype, const double *batch, int unbiased,
+                         double momentum, const fn_task *s)
+{
+    int64_t sets = 0;
+    for (int64_t b = 0; b < s->b; b++) sets += values_of(s, b) > 0;
+    for (int64_t g = 0; running && sets && g < s->g; g++) {
         double mean = 0;
-        for (int64_t b = 0; b < s->b; b++) mean += batch[b * s->g + g];
-        mean = mean * factor / (double)s->b;
+        for (int64_t b = 0; b < s->b; b++) {
+            const double count = values_of(s, b);
+            mean += batch[b * s->g + g] * (unbiased && count > 1 ? count / (count - 1.0) : 1.0);
+        }
+        mean /= (double)sets;
         put(running, dtype, g, (1.0 - momentum) * get(running, dtype, g) + momentum * mean);
     }
 }
@@ -319,6 +351,11 @@ static void move_running(void *running, int32_t dtype, const double *batch, doub
 static void zero(double *array, int64_t n)
 {
     if (array && n) memset(array, 0, (size_t)n * sizeof *array);
+}
+
+static size_t mask_bytes(const fastnorm_geometry *s)
+{
+    return (size_t)(s->b * s->o * s->i * (s->s > 1 ? s->s : 1));
 }
 
 static fastnorm_status check_activation(int32_t activation, double negative_slope)
@@ -355,7 +392,7 @@ static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_
         !(a->flags & FASTNORM_BIASED_RUNNING_VAR))
         return FASTNORM_TOO_FEW_VALUES;
     {
-        enum { OUTPUTS = 8, X = OUTPUTS, RESIDUAL, COUNT = OUTPUTS + 6 };
+        enum { OUTPUTS = 8, X = OUTPUTS, RESIDUAL, COUNT = OUTPUTS + 7 };
         const unsigned elementwise = 1u << X | 1u << RESIDUAL;
         const span moved[COUNT] = {{a->y, bytes, elementwise},
                                    {a->sum, bytes, elementwise},
@@ -370,7 +407,8 @@ static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_
                                    {a->weight, channels, 0},
                                    {a->bias, channels, 0},
                                    {given ? a->running_mean : NULL, running, 0},
-                                   {given ? a->running_var : NULL, running, 0}};
+                                   {given ? a->running_var : NULL, running, 0},
+                                   {a->mask, mask_bytes(s), 0}};
         return check_overlap(moved, OUTPUTS, COUNT);
     }
 }
@@ -437,6 +475,8 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
                              geometry);
     task.bias = parameters(args->bias, params, 0, part.bias, work_dtype(args->dtype), geometry);
+    set_mask(&task, args->mask, part.counts);
+    task.fused = task.activation || task.residual || task.mask;
     task.eps = args->eps;
     task.mean = args->mean;
     task.var = args->var;
@@ -459,10 +499,9 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     (task.s > 1 ? kernels->across_forward
      : in_columns(&task) ? kernels->columns_forward : kernels->rows_forward)(&task);
     if (!task.given) {
-        double count = (double)(geometry->o * geometry->k * geometry->i);
-        double unbiased = args->flags & FASTNORM_BIASED_RUNNING_VAR ? 1.0 : count / (count - 1.0);
-        move_running(args->running_mean, params, task.mean, 1.0, args->momentum, geometry);
-        move_running(args->running_var, params, task.var, unbiased, args->momentum, geometry);
+        const int unbiased = !(args->flags & FASTNORM_BIASED_RUNNING_VAR);
+        move_running(args->running_mean, params, task.mean, 0, args->momentum, &task);
+        move_running(args->running_var, params, task.var, unbiased, args->momentum, &task);
     }
     free(allocated);
     return FASTNORM_OK;
@@ -484,7 +523,7 @@ static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm
     if (bytes && (!a->dy || !a->x || !a->dx || !a->rstd)) return FASTNORM_NULL_POINTER;
     if (bytes && !a->mean && !(a->flags & FASTNORM_NO_MEAN)) return FASTNORM_NULL_POINTER;
     {
-        enum { OUTPUTS = 5, DY = OUTPUTS, X, RESIDUAL, DSUM, COUNT = OUTPUTS + 8 };
+        enum { OUTPUTS = 5, DY = OUTPUTS, X, RESIDUAL, DSUM, COUNT = OUTPUTS + 9 };
         const int active = a->activation != FASTNORM_NO_ACTIVATION;
         const unsigned elementwise = 1u << DY | 1u << RESIDUAL;
         const span moved[COUNT] = {
@@ -500,7 +539,8 @@ static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm
             {a->weight, channels, 0},
             {active ? a->bias : NULL, channels, 0},
             {a->mean, sets * sizeof(double), 0},
-            {a->rstd, sets * sizeof(double), 0}};
+            {a->rstd, sets * sizeof(double), 0},
+            {a->mask, mask_bytes(s), 0}};
         return check_overlap(moved, OUTPUTS, COUNT);
     }
 }
@@ -543,6 +583,7 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.bias = parameters(args->activation ? args->bias : NULL, params, 0, part.bias,
                            work_dtype(args->dtype), geometry);
     task.dsum = args->dsum;
+    set_mask(&task, args->mask, part.counts);
     if (args->activation) {
         task.activation = args->activation;
         task.slope = args->negative_slope;

@@ -1,5 +1,6 @@
 """What comes after the affine map, a residual and an activation, on one run while it is mapped; and
-in a backward, before the sums, the gradient taken back through the activation.
+in a backward, before the sums, the gradient taken back through the activation. What a mask leaves
+out is written as 0.
 
 The backward finds z, the activation's input, again from x: that reads no more than y instead of x
 would, and serves every activation. The gradient in front of the activation is written once, where
@@ -8,10 +9,12 @@ there; x and it are in cache where a set is.
 """
 
 from libc.stdint cimport int64_t
+from libc.string cimport memset
 
 from fastnorm.kernels.words cimport (
-    BATCH, WIDTH, fn_task, head, load, load_part, load_work, load_work_part, minimum, past, put,
-    splat, store, store_part, stored, vec, work,
+    ALL_VALID, BATCH, NONE_VALID, SOME_VALID, WIDTH, blank, fn_task, head, load, load_part,
+    load_work, load_work_part, minimum, past, past_weight, place_in_mask, put, splat, store,
+    store_part, stored, stretch, vec, work,
 )
 
 
@@ -92,9 +95,9 @@ cdef inline int64_t map_step(
 
 cdef inline void map_with(
     const fn_task* t, int64_t at, int64_t n, const work* hi, const work* scale,
-    const work* shift, bint each, const work* weight, const work* bias, bint residual, int kind
+    const work* shift, bint each, const work* weight, const work* bias, bint residual, int kind,
+    bint streaming
 ) noexcept nogil:
-    cdef bint streaming = t.stream and t.upstream == NULL
     cdef int64_t p = 0, whole = head(<const stored*> t.y + at, n, &streaming)
     while p < n:
         # Up to the first line of y that is streamed, or the last places.
@@ -107,32 +110,66 @@ cdef inline void map_with(
         whole = n
 
 
+cdef void map_all(
+    const fn_task* t, int64_t at, int64_t n, const work* hi, const work* scale, const work* shift,
+    bint each, const work* weight, const work* bias, bint streaming
+) noexcept nogil:
+    """ReLU and none have loops of their own, so that they take no longer than memory."""
+    if t.activation == FASTNORM_RELU:
+        if t.residual == NULL:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_RELU,
+                     streaming)
+        else:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_RELU, streaming)
+    elif t.activation == FASTNORM_NO_ACTIVATION:
+        if t.residual == NULL:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_NO_ACTIVATION,
+                     streaming)
+        else:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_NO_ACTIVATION,
+                     streaming)
+    else:
+        map_with(t, at, n, hi, scale, shift, each, weight, bias, t.residual != NULL, t.activation,
+                 streaming)
+
+
 cdef public void map_fused(
     const fn_task* t, int64_t at, int64_t n, const work* hi, const work* scale, const work* shift,
     bint each, const work* weight, const work* bias
 ) noexcept nogil:
-    """map_places with residual and activation, of the n values from `at` on; in a backward, the
-    gradient of these values taken back through the activation. ReLU and none have loops of their
-    own, so that they take no longer than memory."""
-    if t.activation == FASTNORM_RELU:
-        if t.residual == NULL:
-            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_RELU)
+    """map_places with residual, activation and mask, of the n values from `at` on; in a backward,
+    the gradient of these values taken back through the activation."""
+    cdef bint streaming = t.stream and t.upstream == NULL
+    cdef stored* y = <stored*> t.y if t.upstream == NULL else <stored*> t.dy
+    cdef int64_t p = 0, each_p, count
+    cdef int valid
+    if t.mask == NULL:
+        map_all(t, at, n, hi, scale, shift, each, weight, bias, streaming)
+        return
+    while p < n:
+        count = stretch(t, at + p, n - p, &valid)
+        if valid == NONE_VALID:
+            memset(y + at + p, 0, count * sizeof(stored))
         else:
-            map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_RELU)
-    elif t.activation == FASTNORM_NO_ACTIVATION:
-        map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_NO_ACTIVATION)
-    else:
-        map_with(t, at, n, hi, scale, shift, each, weight, bias, t.residual != NULL, t.activation)
+            each_p = p if each else 0
+            map_all(t, at + p, count, hi + each_p, scale + each_p, shift + each_p, each,
+                    past_weight(weight, p), past_weight(bias, p), streaming and valid == ALL_VALID)
+            if valid == SOME_VALID:
+                blank(y + at + p, t.mask + place_in_mask(t, at + p), count)
+        p += count
 
 
 cdef public void add_terms(const fn_task* t, int64_t at, int64_t n) noexcept nogil:
-    """x = terms[0] + terms[1], n values from `at` on, rounded as they are stored."""
+    """x = terms[0] + terms[1], n values of a row from `at` on, rounded as they are stored."""
     cdef const stored* a = <const stored*> t.terms[0] + at
     cdef const stored* b = <const stored*> t.terms[1] + at
     cdef stored* x = <stored*> t.x + at
     cdef int64_t p = 0
     cdef vec sums[BATCH]
     cdef int v
+    if t.mask != NULL and not t.mask[place_in_mask(t, at)]:
+        memset(x, 0, n * sizeof(stored))
+        return
     while p + BATCH * WIDTH <= n:
         for v in range(BATCH):
             sums[v] = load(a + p + v * WIDTH) + load(b + p + v * WIDTH)

@@ -51,7 +51,7 @@ cdef struct plan:
 
 cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
     """Whether runs are so short that their ends and their sums by run would cost the most."""
-    return (t.b == 1 and t.k == 1 and t.o >= 8
+    return (t.b == 1 and t.k == 1 and t.o >= 8 and t.mask == NULL
             and 1 < t.i < (GIVEN_SHORT_RUN if t.given and t.dy == NULL else SHORT_RUN))
 
 
@@ -191,7 +191,7 @@ cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, const slab* 
     cdef const fn_task* t = p.task
     cdef int64_t _r
     for _r in range(t.o):
-        if t.dy == NULL and fused(t):
+        if t.dy == NULL and t.fused:
             map_fused(t, at, sets * p.n, w.hi, w.s, w.q, True, NULL, NULL)
         else:
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,

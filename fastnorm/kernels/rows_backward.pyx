@@ -24,12 +24,13 @@ cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept 
     c.offset = <work> (-c.lo * c.rstd)
 
 
-cdef inline void finish_terms(const fn_task* t, double gy, double gyd, terms* c) noexcept nogil:
+cdef inline void finish_terms(const fn_task* t, int64_t set_, double gy, double gyd, terms* c,
+                              bint masked) noexcept nogil:
     """From the sums over the set of gy and of gy*(x - hi)."""
-    cdef double count = <double> (t.o * t.k * t.i)
+    cdef double count = values_of(t, set_ // t.g) if masked else <double> (t.o * t.k * t.i)
     cdef double m1 = gy / count if t.has_mean else 0
     cdef double m2 = c.rstd * (gyd - c.lo * gy) / count
-    if t.given:
+    if t.given or (masked and count == 0):
         m1 = m2 = 0
     c.scale = <work> (-c.rstd * c.rstd * m2)
     c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
@@ -47,24 +48,31 @@ cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at,
 
 
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
-                             double* sums) noexcept nogil:
-    cdef int64_t r0, r1, p0, p1, at
+                             double* sums, bint masked) noexcept nogil:
+    cdef int64_t r0, r1, p0, p1, at, r
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
     if p.task.upstream != NULL:
         deactivate_channel(p, set_, k, at, r1 - r0, p1 - p0)
-    sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0, p.stride,
-             p1 - p0, hi, sums)
+    if not masked:
+        sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
+                 p.stride, p1 - p0, hi, sums)
+        return
+    for r in range(r1 - r0):
+        sum_valid(p.task, at + r * p.stride, p1 - p0, hi, sums)
 
 
 cdef inline void map_channel(const plan* p, int64_t start, int64_t channel, int64_t p0, int64_t p1,
-                             const terms* c, int64_t ahead) noexcept nogil:
+                             const terms* c, int64_t ahead, bint masked) noexcept nogil:
     """Places [p0, p1) of the run at `start`, of one channel."""
     cdef const fn_task* t = p.task
     cdef int64_t at = start + p0
-    cdef work weight = (<const work*> t.weight)[channel]
-    map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0, c.hi,
-            c.scale, c.shift, <work> (c.rstd * <double> weight), t.stream, ahead)
+    cdef work dscale = <work> (c.rstd * <double> (<const work*> t.weight)[channel])
+    if not masked:
+        map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
+                c.hi, c.scale, c.shift, dscale, t.stream, ahead)
+    else:
+        map_valid(t, at, p1 - p0, c.hi, c.scale, c.shift, dscale)
 
 
 cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const double* sums,
@@ -78,9 +86,8 @@ cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const doubl
     dbias[channel] += sums[0]
 
 
-cdef void backward_block(void* context, int64_t index) noexcept nogil:
+cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) noexcept nogil:
     """Blocks of groups, for a part of b."""
-    cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef terms c[BLOCK]
     cdef double sums[2]
@@ -106,20 +113,27 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
                 for k in range(t.k):
                     sums[0] = sums[1] = 0
                     for tile in range(p.tiles):
-                        sum_channel(p, s, k, tile, c[s - set_].hi, sums)
+                        sum_channel(p, s, k, tile, c[s - set_].hi, sums, masked)
                     add_channel(p, s, k, sums, &c[s - set_], dweight, dweight + t.g * t.k, over_set)
-                finish_terms(t, over_set[0], over_set[1], &c[s - set_])
+                finish_terms(t, s, over_set[0], over_set[1], &c[s - set_], masked)
             for r in range(t.o):
                 start = set_start(t, set_) + r * p.stride
                 channel = set_ % t.g * t.k
                 for s in range(set_, stop):
                     for _k in range(t.k):
-                        map_channel(p, start, channel, 0, p.n, &c[s - set_], ahead)
+                        map_channel(p, start, channel, 0, p.n, &c[s - set_], ahead, masked)
                         start += t.i
                         channel += 1
             set_ = stop
     if t.stream:
         stream_end()
+
+
+cdef void backward_block(void* context, int64_t index) noexcept nogil:
+    if (<const plan*> context).task.mask == NULL:
+        differentiate_block(<const plan*> context, index, False)
+    else:
+        differentiate_block(<const plan*> context, index, True)
 
 
 cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
@@ -151,7 +165,7 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
         for s in range(sets):
             over_set[0] = over_set[1] = 0
             add_channel(p, first + s, 0, sums + 2 * s, &c[s], p.partial, p.partial + t.g, over_set)
-            finish_terms(t, over_set[0], over_set[1], &c[s])
+            finish_terms(t, first + s, over_set[0], over_set[1], &c[s], False)
             fill(w.s + s * p.n, p.n, c[s].scale)
             fill(w.q + s * p.n, p.n, c[s].shift)
             fill(w.d + s * p.n, p.n, <work> (
@@ -247,7 +261,14 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
                         and t.k * <int64_t> sizeof(stored) % 64 == 0)
     b = b_tile * t.b // p.b_tiles
     while b < end:
-        rows = minimum(group, end - b)
+        rows = valid_rows(t, b, minimum(group, end - b))
+        if rows == 0:
+            at = b * size + g * t.k
+            memset(y + at, 0, t.k * sizeof(stored))
+            if t.upstream != NULL:
+                memset(<stored*> t.dy + at, 0, t.k * sizeof(stored))
+            b += 1
+            continue
         for r in range(rows):
             at = (b + r) * size + g * t.k
             start_terms(t, (b + r) * t.g + g, &c[r])
@@ -257,7 +278,7 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
                           <const work*> t.bias + g * t.k)
             sums[0] = sums[1] = 0
             sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
-            finish_terms(t, sums[0], sums[1], &c[r])
+            finish_terms(t, (b + r) * t.g + g, sums[0], sums[1], &c[r], False)
         ahead = group * size if t.stream and b + rows < end else 0
         k = 0
         while k < t.k:
@@ -301,7 +322,7 @@ cdef void backward_tile_sums(void* context, int64_t index) noexcept nogil:
     for k in range(k0, k1):
         sums = p.partial + 2 * ((set_ * p.task.k + k) * p.tiles + tile)
         sums[0] = sums[1] = 0
-        sum_channel(p, set_, k, tile, c.hi, sums)
+        sum_channel(p, set_, k, tile, c.hi, sums, p.task.mask != NULL)
 
 
 cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
@@ -313,12 +334,12 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     unit_bounds(p, index, &set_, &k0, &k1, &tile)
     over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
     start_terms(t, set_, &c)
-    finish_terms(t, over_set[0], over_set[1], &c)
+    finish_terms(t, set_, over_set[0], over_set[1], &c, t.mask != NULL)
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
         for k in range(k0, k1):
             map_channel(p, set_start(t, set_) + k * t.i + r * p.stride, set_ % t.g * t.k + k, p0,
-                        p1, &c, 0)
+                        p1, &c, 0, t.mask != NULL)
     if t.stream:
         stream_end()
 

@@ -1,5 +1,7 @@
 /* The simple calls of fastnorm.h, and the C twin of geometry.py: the only C file that knows
  * NCHW and NHWC. */
+#include <string.h>
+
 #include "task.h"
 
 static fastnorm_status check(fastnorm_layout layout, int64_t n, int64_t channels, int64_t spatial,
@@ -30,6 +32,24 @@ static fastnorm_geometry group_geometry(fastnorm_layout layout, int64_t n, int64
     fastnorm_geometry nchw = {n, 1, groups, size, spatial, 1};
     fastnorm_geometry nhwc = {n, spatial, groups, size, 1, 1};
     return layout == FASTNORM_NCHW ? nchw : nhwc;
+}
+
+fastnorm_status fastnorm_mask_of_lengths(int64_t n, int64_t length, const int64_t *lengths,
+                                         uint8_t *mask)
+{
+    int64_t product;
+    if (n < 0 || length < 0) return FASTNORM_NEGATIVE_SIZE;
+    if (__builtin_mul_overflow(n, length, &product)) return FASTNORM_SIZE_OVERFLOW;
+    if ((n && !lengths) || (product && !mask)) return FASTNORM_NULL_POINTER;
+    for (int64_t j = 0; j < n; j++) {
+        if (lengths[j] < 0) return FASTNORM_NEGATIVE_SIZE;
+        if (lengths[j] > length) return FASTNORM_SIZE_OVERFLOW;
+    }
+    for (int64_t j = 0; product && j < n; j++) {
+        memset(mask + j * length, 1, (size_t)lengths[j]);
+        memset(mask + j * length + lengths[j], 0, (size_t)(length - lengths[j]));
+    }
+    return FASTNORM_OK;
 }
 
 static fastnorm_status forward(fastnorm_geometry geometry, fastnorm_dtype dtype, int32_t flags,

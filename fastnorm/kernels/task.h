@@ -11,6 +11,7 @@ typedef struct fn_task {
     int64_t b, o, g, k, i, s; /* the geometry of fastnorm.h; s at least 1 */
     int has_mean;          /* 0: the mean is taken as 0 */
     int given;             /* statistics are constants: read mean and var, or mean and rstd */
+    int fused;             /* a forward maps by map_fused: an activation, a residual or a mask */
     int stream;            /* outputs pass the caches by */
     const void *x;
     const void *dy; /* NULL in a forward */
@@ -27,6 +28,9 @@ typedef struct fn_task {
     /* Rows only. A forward adds these two and puts the sums at x; or dx gets dsum added. */
     const void *terms[2];
     const void *dsum;
+    /* Which values count, [b][o][i][s]: where it is 0, they belong to no set and outputs are 0. */
+    const uint8_t *mask;
+    const int64_t *counts; /* [b], of the mask's (o, i); NULL where they are one */
     double eps;
     double *mean; /* [b][g][s]; forward: outputs, each may be NULL. Backward: inputs */
     double *var;

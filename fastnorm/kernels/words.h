@@ -256,6 +256,41 @@ static inline void store_part(stored *y, int64_t n, vec v)
 
 #endif
 
+/* What of a few values a mask lets count. */
+enum { NONE_VALID, SOME_VALID, ALL_VALID };
+
+static inline int valid_among(const uint8_t *mask, int64_t n)
+{
+    uint8_t any = 0, all = 1;
+    for (int64_t j = 0; j < n; j++) {
+        const uint8_t valid = mask[j] != 0;
+        any |= valid;
+        all &= valid;
+    }
+    return all ? ALL_VALID : any ? SOME_VALID : NONE_VALID;
+}
+
+/* kept = x where it counts, else `otherwise`. Every value is read: a loop of vectors. */
+static inline void keep_valid(const stored *x, const uint8_t *mask, int64_t n, work otherwise,
+                              stored *kept)
+{
+    stored t[WIDTH];
+    store(t, splat(otherwise));
+    for (int64_t j = 0; j < n; j++) {
+        const stored value = x[j];
+        kept[j] = mask[j] ? value : t[0];
+    }
+}
+
+/* y = 0 where it does not count. */
+static inline void blank(stored *y, const uint8_t *mask, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        const stored value = y[j];
+        y[j] = mask[j] ? value : 0;
+    }
+}
+
 /* store past the caches; y is aligned to 64 bytes. */
 static inline void stream(stored *y, vec v)
 {
@@ -362,10 +397,21 @@ static inline int64_t until_aligned(const stored *y)
 #define across_scratch FN_PASTE(across_scratch, FN_DTYPE, FN_LEVEL)
 #define map_fused FN_PASTE(map_fused, FN_DTYPE, FN_LEVEL)
 #define add_terms FN_PASTE(add_terms, FN_DTYPE, FN_LEVEL)
+#define sum_valid FN_PASTE(sum_valid, FN_DTYPE, FN_LEVEL)
+#define sum_valid_exact FN_PASTE(sum_valid_exact, FN_DTYPE, FN_LEVEL)
+#define map_valid FN_PASTE(map_valid, FN_DTYPE, FN_LEVEL)
+#define sample_valid FN_PASTE(sample_valid, FN_DTYPE, FN_LEVEL)
 
 /* fused.pyx */
 void map_fused(const fn_task *task, int64_t at, int64_t n, const work *hi, const work *scale,
                const work *shift, int each, const work *weight, const work *bias);
 void add_terms(const fn_task *task, int64_t at, int64_t n);
+
+/* masks.pyx */
+void sum_valid(const fn_task *task, int64_t at, int64_t n, work about, double *sums);
+void sum_valid_exact(const fn_task *task, int64_t at, int64_t n, double about, double *sums);
+void map_valid(const fn_task *task, int64_t at, int64_t n, work hi, work scale, work shift,
+               work dscale);
+work sample_valid(const fn_task *task, int64_t set_, int64_t at, int64_t stride);
 
 #endif

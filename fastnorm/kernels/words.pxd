@@ -7,7 +7,7 @@ unrolled, and arrays of that many stay in registers.
 """
 
 from libc.math cimport fabs, isfinite, sqrt
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memcpy
 
 
@@ -15,6 +15,7 @@ cdef extern from "words.h" nogil:
     enum:
         WIDTH  # values in a vec
         VECTORS  # in LANES values
+        NONE_VALID, SOME_VALID, ALL_VALID
     ctypedef float stored
     ctypedef float work
     ctypedef float vec
@@ -36,11 +37,14 @@ cdef extern from "words.h" nogil:
     int64_t until_aligned(const stored* y)
     const stored* past(const stored* x, int64_t n)
     const work* past_weight(const work* x, int64_t n)
+    int valid_among(const uint8_t* mask, int64_t n)
+    void keep_valid(const stored* x, const uint8_t* mask, int64_t n, work otherwise, stored* kept)
+    void blank(stored* y, const uint8_t* mask, int64_t n)
     double FN_TINY
 
     ctypedef struct fn_task:
         int64_t b, o, g, k, i, s
-        int has_mean, given, stream
+        int has_mean, given, fused, stream
         const void* x
         const void* dy
         void* y
@@ -52,6 +56,8 @@ cdef extern from "words.h" nogil:
         const void* upstream
         const void* terms[2]
         const void* dsum
+        const uint8_t* mask
+        const int64_t* counts
         double eps
         double* mean
         double* var
@@ -67,6 +73,13 @@ cdef extern from "words.h" nogil:
                    const work* shift, bint each, const work* weight, const work* bias)
     void add_terms(const fn_task* task, int64_t at, int64_t n)
 
+    # Of masks.pyx.
+    void sum_valid(const fn_task* task, int64_t at, int64_t n, work about, double* sums)
+    void sum_valid_exact(const fn_task* task, int64_t at, int64_t n, double about, double* sums)
+    void map_valid(const fn_task* task, int64_t at, int64_t n, work hi, work scale, work shift,
+                   work dscale)
+    work sample_valid(const fn_task* task, int64_t set_, int64_t at, int64_t stride)
+
     ctypedef void (*fn_body)(void* context, int64_t index) noexcept nogil
     void fn_parallel_for(const fn_task* task, int64_t n, fn_body body, void* context,
                          bint backwards)
@@ -81,6 +94,7 @@ cdef enum:
     STEP = 4  # rows of columns summed at a time, while the next ones are asked for
     RUN = 128  # values of a column summed in the working type before they meet a double
     MOST_WIDTH = 16  # of a vec
+    STRETCH = 1024  # values of a run whose mask is looked at together
 
 
 cdef inline int64_t minimum(int64_t a, int64_t b) noexcept nogil:
@@ -95,9 +109,48 @@ cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef inline bint fused(const fn_task* t) noexcept nogil:
-    """Whether a forward's map is map_fused."""
-    return t.activation != 0 or t.residual != NULL
+# ---- masks -------------------------------------------------------------------------------
+
+
+cdef inline int64_t place_in_mask(const fn_task* t, int64_t at) noexcept nogil:
+    cdef int64_t inner = t.i * t.s
+    return at // (t.g * t.k * inner) * inner + at % inner
+
+
+cdef inline int64_t stretch(const fn_task* t, int64_t at, int64_t n, int* valid) noexcept nogil:
+    """How many of the n values from `at` on, of one run, to take together, and which of them
+    count: as many as can be of which all or none do."""
+    cdef int64_t inner = t.i * t.s, count, more
+    if inner == 1:
+        valid[0] = ALL_VALID if t.mask[place_in_mask(t, at)] else NONE_VALID
+        return n
+    count = minimum(minimum(n, STRETCH), inner - at % inner)
+    valid[0] = valid_among(t.mask + place_in_mask(t, at), count)
+    while count < n and valid[0] != SOME_VALID:
+        more = minimum(minimum(n - count, STRETCH), inner - (at + count) % inner)
+        if valid_among(t.mask + place_in_mask(t, at + count), more) != valid[0]:
+            break
+        count += more
+    return count
+
+
+cdef inline int64_t valid_rows(const fn_task* t, int64_t row, int64_t most) noexcept nogil:
+    """Where i is 1: how many rows of (b, o) from `row` on count, one after the other."""
+    cdef int64_t count = 0
+    if t.mask == NULL:
+        return most
+    while count < most and t.mask[row + count]:
+        count += 1
+    return count
+
+
+cdef inline double values_of(const fn_task* t, int64_t b) noexcept nogil:
+    """Values of a set of b."""
+    if t.mask == NULL:
+        return <double> (t.o * t.k * t.i)
+    if t.counts == NULL:
+        return <double> t.k if t.mask[b] else 0
+    return <double> (t.k * t.counts[b])
 
 
 cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
