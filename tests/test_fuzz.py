@@ -12,6 +12,8 @@ from cases import DTYPES, Case
 from conftest import engines
 from test_fused import ACTIVATIONS, exact
 from test_grid import STRIDES, from_layout, moved_memory, to_layout
+from test_masks import exact as exact_of_valid
+from test_masks import like_x, mask_shape, poisoned
 
 from fastnorm import backends
 from fastnorm.dtypes import TABLE
@@ -48,6 +50,7 @@ def calls(draw):
         "with_residual": draw(st.booleans()),
         "arrange": draw(st.sampled_from([*STRIDES, "moved"])),
         "threads": draw(st.sampled_from([1, 2, 5])),
+        "masked": draw(st.sampled_from([None, None, 0.1, 0.5, 0.9])),
         "in_place": draw(st.booleans()),
         "scale": draw(st.sampled_from([1e-3, 1.0, 30.0])),
         "offset": draw(st.sampled_from([0.0, 1.0, 50.0])),
@@ -80,6 +83,13 @@ def check(call):
         bias = values(call, call["param_dtype"], case.param_shape, 5)
     if not call["with_residual"]:
         residual = dsum = None
+    mask = None
+    if call["masked"] is not None:
+        shares = np.random.default_rng((call["seed"], 9)).random(mask_shape(case))
+        mask = np.asarray(shares < call["masked"])
+        valid = like_x(mask, case)
+        dy = np.where(valid, dy, 0)
+        x, residual, dsum = (None if a is None else poisoned(a, valid) for a in (x, residual, dsum))
     layout = call["layout"] if case.by_channel else None
     move = STRIDES.get(call["arrange"])
     if move is None:
@@ -89,6 +99,7 @@ def check(call):
     )
     common = {"backend": engine, "num_threads": call["threads"]} | ACTIVATIONS[call["kind"]]
     common |= {"layout": layout} if layout else {}
+    common |= {} if mask is None else {"mask": mask}
     in_place = call["in_place"] and lx.flags.writeable
     own = lx.copy(order="K") if in_place else None
     y, *total, stats = case.forward(
@@ -105,9 +116,15 @@ def check(call):
     elif not case.by_channel:
         extra["dsum"] = ldsum
     found = case.backward(ldy, lx, stats, weight, **extra, **common)
-    wanted = exact(
-        case, call["kind"], x, dy, residual, weight, bias, None if case.by_channel else dsum
-    )
+    of_sum = None if case.by_channel else dsum
+    if mask is None:
+        wanted = exact(case, call["kind"], x, dy, residual, weight, bias, of_sum)
+    else:
+        x = np.where(valid, x, 0)
+        wanted = exact_of_valid(
+            case, x, dy, valid, weight, bias, call["kind"], residual if case.by_channel else None,
+            of_sum,
+        )
     rstd = float(np.max(wanted["rstd"]))
     # What the terms weigh before they cancel; behind ReLU's edge a gradient may go either way.
     heavy = float(np.max(np.abs(dy)))

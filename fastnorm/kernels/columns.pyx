@@ -3,8 +3,9 @@ channels, and sums run down the columns of an (o, g*k) matrix, one for each b.
 
 Few columns would leave vectors empty. The matrix (o, c) is therefore read as (o/r, r*c), with
 r*c a multiple of the vector; the r copies of a column are merged when its sums are finished.
-What o/r leaves over is one more, shorter row. With a mask r is 1: a row counts or does not, and
-is left out.
+What o/r leaves over is one more, shorter row. Rows that a mask leaves out are passed over; where
+only some of the r rows in one count, a copy is summed that has in the others' place what adds
+nothing.
 
 A slice of b is done in three steps: sums of each tile of rows, statistics and coefficients of
 each column, and the map, last tile first, so that the end of the sums' read is still in cache.
@@ -21,6 +22,7 @@ Tiles depend on the geometry alone and are merged in their order: the bits never
 threads.
 """
 
+from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.words cimport *
@@ -31,6 +33,8 @@ cdef enum:
     MAX_TILES = 32
     TILE = 65536  # values in a tile, about, at least
     STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
+    MOST_COPIES = 64
+    FOLDED = 4096  # more values than a row of several copies has
     TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
 
 
@@ -52,11 +56,11 @@ cdef struct plan:
     int64_t slot  # and for a slice
 
 
-cdef void cut(plan* p, const fn_task* t, bint masked) noexcept nogil:
+cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.task = t
     p.channels = t.g * t.k
     p.copies = 1
-    if p.channels < 256 and not masked:
+    if p.channels < 256:
         while p.copies * p.channels % NARROW != 0 or p.copies * p.channels < WIDE:
             p.copies += 1
         p.copies = minimum(p.copies, t.o)
@@ -70,19 +74,20 @@ cdef void cut(plan* p, const fn_task* t, bint masked) noexcept nogil:
     # All rows of a run at once where the sums fit registers.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
     p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
-    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale.
+    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale;
+    # then the rows that count of each copy.
     p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
                    + 2 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
     p.slot = p.tiles * p.tile_slot + (4 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
+    p.slot += MOST_COPIES * sizeof(int64_t)
     p.batch = minimum(t.b, maximum(1, (1 << 20) // p.slot))
 
 
 cdef public size_t columns_scratch(const fn_task* t) noexcept nogil:
-    """Bytes of scratch for a forward or a backward, with a mask or without."""
-    cdef plan p, masked
-    cut(&p, t, False)
-    cut(&masked, t, True)
-    return maximum(p.batch * p.slot, masked.batch * masked.slot)
+    """Bytes of scratch for a forward or a backward."""
+    cdef plan p
+    cut(&p, t)
+    return p.batch * p.slot
 
 
 cdef inline double* sums_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -100,14 +105,37 @@ cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
     return <work*> sums_of(p, b, p.tiles)
 
 
+cdef inline int64_t* counts_of(const plan* p, int64_t b) noexcept nogil:
+    """[copies]: rows that a mask lets count."""
+    return <int64_t*> (<char*> p.task.scratch + (b - p.b0 + 1) * p.slot) - MOST_COPIES
+
+
 cdef inline int64_t count_of(const plan* p, int64_t b, int64_t column) noexcept nogil:
-    if p.task.mask != NULL:
-        return p.task.counts[b]
-    return p.rows + (1 if column < p.rest else 0)
+    if p.task.mask == NULL:
+        return p.rows + (1 if column < p.rest else 0)
+    return p.task.counts[b] if p.copies == 1 else counts_of(p, b)[column // p.channels]
 
 
-cdef inline bint left_out(const plan* p, int64_t b, int64_t row) noexcept nogil:
-    return p.task.mask != NULL and not p.task.mask[b * p.task.o + row]
+cdef inline const uint8_t* mask_of(const plan* p, int64_t b, int64_t row) noexcept nogil:
+    """Of the copies in a row."""
+    return p.task.mask + b * p.task.o + row * p.copies
+
+
+cdef inline bint left_out(const plan* p, int64_t b, int64_t row, int64_t column) noexcept nogil:
+    return p.task.mask != NULL and not mask_of(p, b, row)[column // p.channels]
+
+
+cdef void count_copies(const plan* p, int64_t b) noexcept nogil:
+    cdef int64_t* counts = counts_of(p, b)
+    cdef int64_t _row, j, copies = p.copies, rest = p.rest // p.channels
+    cdef const uint8_t* mask = mask_of(p, b, 0)
+    memset(counts, 0, MOST_COPIES * sizeof(int64_t))
+    for _row in range(p.rows):
+        for j in range(copies):
+            counts[j] += mask[j] != 0
+        mask += copies
+    for j in range(rest):
+        counts[j] += mask[j] != 0
 
 
 # ---- sums --------------------------------------------------------------------------------
@@ -130,11 +158,33 @@ cdef void map_fused_rows(const plan* p, int64_t b, int64_t row, int64_t rows, in
         at += p.width
 
 
+cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const work* about,
+                   work* s, work* q) noexcept nogil:
+    """sum_rows of a row whose copies may count or not."""
+    cdef const fn_task* t = p.task
+    cdef stored kept[FOLDED]
+    cdef stored kept_dy[FOLDED]
+    cdef int64_t at = b * t.o * p.channels + row * p.width, n = copies * p.channels, c = 0
+    cdef int64_t bytes = p.channels * sizeof(stored)
+    if valid_among(mask_of(p, b, row), copies) == NONE_VALID:
+        return
+    while c < n:
+        store_part(kept + c, minimum(WIDTH, n - c), load_work(about + c))
+        c += WIDTH
+    memset(kept_dy, 0, n * sizeof(stored))
+    for c in range(copies):
+        if mask_of(p, b, row)[c]:
+            memcpy(kept + c * p.channels, <const stored*> t.x + at + c * p.channels, bytes)
+            if t.dy != NULL:
+                memcpy(kept_dy + c * p.channels, <const stored*> t.dy + at + c * p.channels, bytes)
+    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, about, s, q)
+
+
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     """A few rows of all columns at a time: memory is read in order, and the sums of the other
     columns wait in the first-level cache."""
     cdef const fn_task* t = p.task
-    cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows), count
+    cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows), count, whole
     cdef int64_t at = b * t.o * p.channels, since = 0
     cdef const stored* x = <const stored*> t.x + at
     cdef const stored* dy = past(<const stored*> t.dy, at)
@@ -146,15 +196,15 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     memset(s, 0, 2 * p.padded * sizeof(work))
     while row < stop:
         count = minimum(minimum(p.step, stop - row), RUN - since)
-        count = valid_rows(t, b * t.o + row, count)
-        if count == 0:
-            if t.upstream != NULL:
-                map_fused_rows(p, b, row, 1, 0, p.width)
-            row += 1
-            continue
+        whole = valid_rows(t, b * t.o + row * p.copies, count * p.copies) // p.copies
+        count = maximum(1, whole)
         if t.upstream != NULL:
             map_fused_rows(p, b, row, count, 0, p.width)
-        sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about, s, q)
+        if whole > 0:
+            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about, s,
+                     q)
+        elif p.copies > 1:
+            sum_gaps(p, b, row, p.copies, about, s, q)
         row += count
         since += count
         if since == RUN:
@@ -167,7 +217,10 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     if tile == p.tiles - 1 and p.rest > 0:
         if t.upstream != NULL:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
-        sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, s, q)
+        if t.mask == NULL:
+            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, s, q)
+        else:
+            sum_gaps(p, b, stop, p.rest // p.channels, about, s, q)
         flush_columns(p.rest, s, total)
         flush_columns(p.rest, q, total + p.width)
 
@@ -231,49 +284,98 @@ cdef inline int64_t map_rows_down(
     return rows
 
 
-cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
-    cdef int64_t at = b * t.o * p.channels + row * p.width, n, c = 0, r
+    cdef int64_t at = b * t.o * p.channels + row * p.width, n, c = 0, _r
     cdef const work* hi = coefficients_of(p, b)
     cdef const work* scale = hi + p.padded
     cdef const work* shift = scale + p.padded
     cdef const work* dscale = shift + p.padded
-    cdef bint after = t.dy == NULL and t.fused
-    if after:
-        while c < p.width:
-            n = minimum(STRIP, p.width - c)
-            map_fused_rows(p, b, row, stop - row, c, n)
-            c += n
-    elif t.mask != NULL:
-        pass
-    elif p.width == 4 * WIDTH:
+    if p.width == 4 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 4)
     elif p.width == 3 * WIDTH:
         row += map_rows_down(p, at, stop - row, hi, 3)
     while c < p.width:
         n = minimum(STRIP, p.width - c)
         at = b * t.o * p.channels + row * p.width + c
-        for r in range(row, stop):
-            if left_out(p, b, r):
-                memset(<stored*> t.y + at, 0, n * sizeof(stored))
-            else:
-                map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at),
-                        <stored*> t.y + at, n, hi + c, scale + c, shift + c, dscale + c, t.stream)
+        for _r in range(row, stop):
+            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n,
+                    hi + c, scale + c, shift + c, dscale + c, t.stream)
             at += p.width
         c += n
-    if tile == p.tiles - 1 and p.rest > 0:
-        at = (b + 1) * t.o * p.channels - p.rest
-        if after:
-            map_fused_rows(p, b, p.rows, 1, 0, p.rest)
-        else:
+
+
+cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept nogil:
+    """The first n values of a row whose copies may count or not."""
+    cdef const fn_task* t = p.task
+    cdef const work* hi = coefficients_of(p, b)
+    cdef int64_t at = b * t.o * p.channels + row * p.width
+    if valid_among(mask_of(p, b, row), n // p.channels) == NONE_VALID:
+        memset(<stored*> t.y + at, 0, n * sizeof(stored))
+        return
+    map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n, hi,
+            hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, False)
+    blank_gaps(t, <stored*> t.y + at, at, n)
+
+
+cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
+    cdef int64_t rest = p.rest if tile == p.tiles - 1 else 0
+    cdef int64_t at = (b + 1) * t.o * p.channels - rest, n, c = 0
+    cdef const work* hi = coefficients_of(p, b)
+    if t.dy == NULL and (t.activation != 0 or t.residual != NULL):
+        while c < p.width:
+            n = minimum(STRIP, p.width - c)
+            map_fused_rows(p, b, row, stop - row, c, n)
+            c += n
+        if rest > 0:
+            map_fused_rows(p, b, p.rows, 1, 0, rest)
+    elif t.mask == NULL:
+        map_whole_rows(p, b, row, stop)
+        if rest > 0:
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    p.rest, hi, scale, shift, dscale, t.stream)
+                    rest, hi, hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, t.stream)
+    else:
+        while row < stop:
+            n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies
+            if n > 0:
+                map_whole_rows(p, b, row, row + n)
+            else:
+                map_gaps(p, b, row, p.width)
+            row += maximum(1, n)
+        if rest > 0:
+            map_gaps(p, b, p.rows, rest)
     if t.stream:
         stream_end()
 
 
 # ---- forward -----------------------------------------------------------------------------
+
+
+cdef void sample_valid_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
+    """sample_columns of what counts: from rows of one copy, for all copies."""
+    cdef const fn_task* t = p.task
+    cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
+    cdef const uint8_t* mask = t.mask + b * t.o
+    cdef work* about = coefficients_of(p, b)
+    cdef int64_t first = 0, row, c, j, last = minimum(p.channels, c1)
+    cdef double near, total
+    if p.copies > 1:
+        count_copies(p, b)
+    while first < t.o - 1 and not mask[first]:
+        first += 1
+    for c in range(c0, last):
+        near = <double> widen(x[first * p.channels + c])
+        total = 0
+        for j in range(1, SAMPLES):
+            row = j * t.o // SAMPLES
+            if mask[row]:
+                total += <double> widen(x[row * p.channels + c]) - near
+        near += total * (1.0 / SAMPLES)
+        about[c] = on_grid(<work> near) if t.has_mean and fabs(near) < 1e37 else <work> 0
+    for j in range(1, p.copies):
+        memcpy(about + j * p.channels, about, p.channels * sizeof(work))
 
 
 cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
@@ -284,18 +386,15 @@ cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef double* total = sums_of(p, b, 0)
     cdef const stored* sampled
     cdef int64_t c, j, count = minimum(p.rows, minimum(2 * SAMPLES, maximum(4, p.rows // 8)))
-    cdef int64_t first = 0
     cdef double inverse = 1.0 / <double> count
-    while first < p.rows - 1 and left_out(p, b, first):
-        first += 1
-    x += first * p.width
+    if t.mask != NULL:
+        sample_valid_columns(p, b, c0, c1)
+        return
     for c in range(c0, c1):
         total[c] = 0
     if t.has_mean:
         for j in range(1, count):
-            if left_out(p, b, j * p.rows // count):
-                continue
-            sampled = x + (j * p.rows // count - first) * p.width
+            sampled = x + j * p.rows // count * p.width
             for c in range(c0, c1):
                 total[c] = total[c] + (<double> widen(sampled[c]) - <double> widen(x[c]))
         for c in range(c0, c1):
@@ -313,7 +412,7 @@ cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
     cdef double d
     sums[0] = sums[1] = 0
     for row in range(p.rows + (1 if column < p.rest else 0)):
-        if left_out(p, b, row):
+        if left_out(p, b, row, column):
             continue
         d = <double> widen(x[row * p.width]) - about
         sums[0] += d
@@ -328,8 +427,7 @@ cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef double* q = s + p.width
     cdef double again[2]
     cdef double count, mean
-    cdef double whole = 1.0 / <double> maximum(1, count_of(p, b, p.rest))
-    cdef double and_one = 1.0 / <double> (p.rows + 1)
+    cdef double whole = 1.0 / <double> p.rows, and_one = 1.0 / <double> (p.rows + 1)
     cdef int64_t c
     for c in range(c0, c1):
         count = <double> count_of(p, b, c)
@@ -349,7 +447,10 @@ cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
             s[c] = mean + again[0] / count
             q[c] = again[1] - again[0] * again[0] / count
         else:
-            mean = s[c] * (and_one if c < p.rest else whole)
+            if t.mask != NULL:
+                mean = s[c] / count
+            else:
+                mean = s[c] * (and_one if c < p.rest else whole)
             s[c] = about[c] + mean if t.has_mean else 0
             q[c] = q[c] - mean * mean * count
 
@@ -516,7 +617,7 @@ cdef void run_batch(plan* p) noexcept nogil:
 
 cdef public void columns_forward(const fn_task* t) noexcept nogil:
     cdef plan p
-    cut(&p, t, t.mask != NULL)
+    cut(&p, t)
     p.b0 = 0
     while p.b0 < t.b:
         p.batch = minimum(p.batch, t.b - p.b0)
@@ -591,7 +692,7 @@ cdef public void columns_backward(const fn_task* t) noexcept nogil:
     cdef plan p
     cdef int64_t b, c
     cdef const double* s
-    cut(&p, t, t.mask != NULL)
+    cut(&p, t)
     for c in range(p.channels):
         t.dweight[c] = t.dbias[c] = 0
     p.b0 = 0

@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from fastnorm.kernels.words cimport (
-    ALL_VALID, BATCH, NONE_VALID, SOME_VALID, WIDTH, blank, fn_task, head, load, load_part,
+    ALL_VALID, BATCH, NONE_VALID, SOME_VALID, WIDTH, blank_gaps, fn_task, head, load, load_part,
     load_work, load_work_part, minimum, past, past_weight, place_in_mask, put, splat, store,
     store_part, stored, stretch, vec, work,
 )
@@ -155,7 +155,7 @@ cdef public void map_fused(
             map_all(t, at + p, count, hi + each_p, scale + each_p, shift + each_p, each,
                     past_weight(weight, p), past_weight(bias, p), streaming and valid == ALL_VALID)
             if valid == SOME_VALID:
-                blank(y + at + p, t.mask + place_in_mask(t, at + p), count)
+                blank_gaps(t, y + at + p, at + p, count)
         p += count
 
 

@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from fastnorm.kernels.words cimport (
-    ALL_VALID, NONE_VALID, SAMPLES, SOME_VALID, STRETCH, blank, fn_task, keep_valid, map_run,
+    ALL_VALID, NONE_VALID, SAMPLES, SOME_VALID, STRETCH, blank_gaps, fn_task, keep_valid, map_run,
     on_grid, past, place_in_mask, stored, stretch, sum_runs, sum_runs_exact, widen, work,
 )
 
@@ -79,7 +79,7 @@ cdef public void map_valid(const fn_task* t, int64_t at, int64_t n, work hi, wor
             map_run(<const stored*> t.x + at, <const stored*> t.dy + at, y + at, count, hi, scale,
                     shift, dscale, t.stream and valid == ALL_VALID, 0)
         if valid == SOME_VALID:
-            blank(y + at, t.mask + place_in_mask(t, at), count)
+            blank_gaps(t, y + at, at, count)
         at += count
         n -= count
 

@@ -8,7 +8,7 @@ unrolled, and arrays of that many stay in registers.
 
 from libc.math cimport fabs, isfinite, sqrt
 from libc.stdint cimport int64_t, uint8_t
-from libc.string cimport memcpy
+from libc.string cimport memchr, memcpy, memset
 
 
 cdef extern from "words.h" nogil:
@@ -122,7 +122,8 @@ cdef inline int64_t stretch(const fn_task* t, int64_t at, int64_t n, int* valid)
     count: as many as can be of which all or none do."""
     cdef int64_t inner = t.i * t.s, count, more
     if inner == 1:
-        valid[0] = ALL_VALID if t.mask[place_in_mask(t, at)] else NONE_VALID
+        more = place_in_mask(t, at)
+        valid[0] = valid_among(t.mask + more, place_in_mask(t, at + n - 1) + 1 - more)
         return n
     count = minimum(minimum(n, STRETCH), inner - at % inner)
     valid[0] = valid_among(t.mask + place_in_mask(t, at), count)
@@ -134,14 +135,26 @@ cdef inline int64_t stretch(const fn_task* t, int64_t at, int64_t n, int* valid)
     return count
 
 
+cdef inline void blank_gaps(const fn_task* t, stored* y, int64_t at, int64_t n) noexcept nogil:
+    """What does not count of a stretch of y, which is where `at` is in x."""
+    cdef int64_t first = place_in_mask(t, at), width = t.g * t.k, row, start, stop
+    if t.i * t.s > 1:
+        blank(y, t.mask + first, n)
+        return
+    for row in range(first, place_in_mask(t, at + n - 1) + 1):
+        if not t.mask[row]:
+            start = maximum(0, row * width - at)
+            stop = minimum(n, (row + 1) * width - at)
+            memset(y + start, 0, (stop - start) * sizeof(stored))
+
+
 cdef inline int64_t valid_rows(const fn_task* t, int64_t row, int64_t most) noexcept nogil:
     """Where i is 1: how many rows of (b, o) from `row` on count, one after the other."""
-    cdef int64_t count = 0
+    cdef const void* gap
     if t.mask == NULL:
         return most
-    while count < most and t.mask[row + count]:
-        count += 1
-    return count
+    gap = memchr(t.mask + row, 0, most)
+    return most if gap == NULL else <const uint8_t*> gap - (t.mask + row)
 
 
 cdef inline double values_of(const fn_task* t, int64_t b) noexcept nogil:
