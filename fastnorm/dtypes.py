@@ -8,24 +8,26 @@ import numpy as np
 class DType(NamedTuple):
     storage: np.dtype  # of x and y
     accumulator: np.dtype  # of the readable backend's arithmetic
+    work: np.dtype  # of the other backends'
+    bits: np.dtype  # as which Numba sees it: its own type, or integers that tell two apart
     code: int  # fastnorm_dtype of fastnorm.h
     eps: float  # machine epsilon
     tolerance: float  # relative to the largest value of y, against the exact result
 
 
+_F2, _F4, _F8 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 _ROWS = [
-    DType(np.dtype(np.float32), np.dtype(np.float64), 1, 2.0**-23, 1e-6),
-    DType(np.dtype(np.float64), np.dtype(np.float64), 2, 2.0**-52, 1e-14),
-    DType(np.dtype(np.float16), np.dtype(np.float64), 3, 2.0**-10, 5e-4),
+    DType(_F4, _F8, _F4, _F4, 1, 2.0**-23, 1e-6),
+    DType(_F8, _F8, _F8, _F8, 2, 2.0**-52, 1e-14),
+    DType(_F2, _F8, _F4, np.dtype(np.uint16), 3, 2.0**-10, 5e-4),
 ]
 try:  # NumPy's bfloat16, for those who have it
     import ml_dtypes
 except ImportError:
     pass
 else:
-    _ROWS.append(
-        DType(np.dtype(ml_dtypes.bfloat16), np.dtype(np.float64), 4, 2.0**-7, 4e-3)
-    )
+    _BF2 = np.dtype(ml_dtypes.bfloat16)
+    _ROWS.append(DType(_BF2, _F8, _F4, np.dtype(np.int16), 4, 2.0**-7, 4e-3))
 TABLE = {row.storage: row for row in _ROWS}
 NAMES = "float32, float64, float16 or (of ml_dtypes) bfloat16"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import DTYPES
 
 import fastnorm
 from fastnorm import backends
@@ -200,7 +201,7 @@ print(sum(sum(build.stats.cache_misses.values()) for build in builds))
 
 
 @pytest.mark.parametrize("offset", [0, 4, 12])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(2, 3, 1100), (9, 32, 7, 7), (3, 40, 33, 35), (64, 96), (3, 1030)]
 )

@@ -11,6 +11,7 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import allocating, inlined, kernel
+from fastnorm.backends.numba_simd import at, on_grid, rounded
 from fastnorm.backends.numba_words import (
     RUN,
     SAMPLES,
@@ -61,10 +62,10 @@ def start_slice(x, about, cut, has_mean):
     for j in range(1, count):
         sampled = x[j * rows // count * width : (j * rows // count + 1) * width]
         for c in range(width):
-            total[c] += float64(sampled[c]) - float64(first[c])
+            total[c] += float64(at(sampled, c)) - float64(at(first, c))
     for c in range(width):
-        value = float64(first[c]) + total[c] / count
-        about[c] = value if abs(value) < 1e37 else 0.0
+        value = float64(at(first, c)) + total[c] / count
+        about[c] = on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 
 @allocating
@@ -73,8 +74,8 @@ def sum_tile(x, dy, about, partial, cut, tile, backward):
     _, width, rows, rest, tile_rows = cut
     row = tile * tile_rows
     stop = min(rows, row + tile_rows)
-    s = np.zeros(width, x.dtype)
-    q = np.zeros(width, x.dtype)
+    s = np.zeros(width, about.dtype)
+    q = np.zeros(width, about.dtype)
     total_s = partial[:width]
     total_q = partial[width:]
     partial[:] = 0.0
@@ -114,7 +115,7 @@ def exact_column(x, column, width, count, about):
     s = 0.0
     q = 0.0
     for r in range(count):
-        d = float64(x[r * width + column]) - about
+        d = float64(at(x, r * width + column)) - about
         s += d
         q += d * d
     return s, q
@@ -172,14 +173,14 @@ def finish_slice(x, coefficients, partial, weight, bias, mean, var, rstd, sizes,
             mean[group] = found
             var[group] = m2 / float64(o * k)
             rstd[group] = reciprocal_deviation(var[group], eps)
-        rounded = x.dtype.type(mean[group])
+        near = rounded(x, mean[group])
         for channel in range(group * k, (group + 1) * k):
             a, b = forward_terms(
-                mean[group], float64(rounded), rstd[group], float64(weight[channel]),
+                mean[group], float64(near), rstd[group], float64(weight[channel]),
                 float64(bias[channel]),
             )
             for c in range(channel, width, channels):
-                hi[c] = rounded
+                hi[c] = near
                 scale[c] = a
                 shift[c] = b
 
@@ -203,7 +204,7 @@ def map_tile(x, y, coefficients, cut, tile, streaming):
         )
 
 
-@kernel("aa aa a d ddd t t fnnn", allocates=True)
+@kernel("xx aa a d ddd t t fnnn", allocates=True)
 def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
                    has_mean, given, streaming):
     """Each slice, all steps; given: only finish, which needs no x."""
@@ -230,7 +231,7 @@ def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, s
             map_tile(xs, ys, own, cut, tiles - 1 - tile, streaming != 0)
 
 
-@kernel("a a t t n", parallel=False, allocates=True)
+@kernel("x a t t n", parallel=False, allocates=True)
 def start_slices(x, coefficients, sizes, cut, has_mean):
     b, o, g, k, _ = sizes
     size = o * g * k
@@ -242,7 +243,7 @@ def start_slices(x, coefficients, sizes, cut, has_mean):
         )
 
 
-@kernel("aa a d t t n", allocates=True)
+@kernel("xx a d t t n", allocates=True)
 def sum_tiles(x, dy, coefficients, partial, sizes, cut, backward):
     b, o, g, k, _ = sizes
     size = o * g * k
@@ -257,7 +258,7 @@ def sum_tiles(x, dy, coefficients, partial, sizes, cut, backward):
         )
 
 
-@kernel("a aa a d ddd t t fnn")
+@kernel("x aa a d ddd t t fnn")
 def finish_slices(x, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
                   has_mean, given):
     b, o, g, k, _ = sizes
@@ -273,7 +274,7 @@ def finish_slices(x, weight, bias, coefficients, partial, mean, var, rstd, sizes
         )
 
 
-@kernel("aa a t t n")
+@kernel("xx a t t n")
 def map_tiles(x, y, coefficients, sizes, cut, streaming):
     b, o, g, k, _ = sizes
     size = o * g * k
@@ -374,7 +375,7 @@ def finish_product_slices(weight, coefficients, partial, mean, rstd, terms_w, te
         )
 
 
-@kernel("aaa a t t n")
+@kernel("xxx a t t n")
 def map_product_tiles(dy, x, dx, coefficients, sizes, cut, streaming):
     b, o, g, k, _ = sizes
     size = o * g * k

@@ -5,10 +5,13 @@ two loop orders, numba_words what they are made of, numba_jit how they are compi
 """
 
 import os
+import platform
 from functools import cache
 from pathlib import Path
 
+import numba
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
 from fastnorm.backends import numba_columns as columns
@@ -27,8 +30,16 @@ ROWS = 8  # with a weight for each place, at least, that sum dweight for themsel
 ROW_PARTS = 16  # in so many parts at most
 
 
+@cache
 def supports(dtype):
-    return None if dtype in TABLE and dtype.itemsize > 2 else f"no kernels for {dtype}"
+    if dtype not in TABLE:
+        return f"no kernels for {dtype}"
+    features = numba.config.CPU_FEATURES
+    features = get_host_cpu_features().flatten() if features is None else features
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    if dtype == np.float16 and on_x86 and "+f16c" not in features:
+        return "float16 needs a processor with F16C"
+    return None
 
 
 def kernels():
@@ -46,7 +57,9 @@ class _Alias:
 
 
 def _flat(array):
-    return (array if array.flags.writeable else np.asarray(_Alias(array))).reshape(-1)
+    """As a kernel takes it."""
+    flat = (array if array.flags.writeable else np.asarray(_Alias(array))).reshape(-1)
+    return flat.view(TABLE[array.dtype].bits) if array.itemsize == 2 else flat
 
 
 def _parameter(array, dtype, size, otherwise):
@@ -141,9 +154,11 @@ def forward(
         mean[:], var[:] = running_mean, running_var
         with np.errstate(all="ignore"):
             rstd[:] = 1 / np.sqrt(var + eps)
-    weight = _parameter(weight, x.dtype, channels, 1)
-    bias = _parameter(bias, x.dtype, channels, 0)
-    flat = (_flat(x), y.reshape(-1))
+    work = TABLE[x.dtype].work
+    weight = _parameter(weight, work, channels, 1)
+    bias = _parameter(bias, work, channels, 0)
+    again = x.itemsize == 2 and (fused.activation or residual is not None)
+    flat = (_flat(_apart(x, y) if again else x), _flat(y))
     sizes = tuple(geometry[:5])
     streaming = _streaming(2 * x.nbytes, y, x)
     with launched(num_threads, 2 * x.nbytes) as run:
@@ -173,11 +188,15 @@ def forward(
         else:
             run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
                 streaming)
-        if fused.activation or residual is not None:
-            has_residual = int(residual is not None)
-            run(after.finish, flat[1], _flat(residual) if has_residual else flat[1],
-                fused.activation, fused.slope, has_residual)
-    if not given:
+        has_residual = int(residual is not None)
+        beside = _flat(residual) if has_residual else flat[0]
+        last = (fused.activation, fused.slope, has_residual)
+        if again:
+            run(after.finish_again, flat[0], beside, weight, bias, flat[1], mean, rstd, sizes,
+                *last)
+        elif fused.activation or has_residual:
+            run(after.finish, flat[1], beside, *last)
+    if not given and (running_mean is not None or running_var is not None):
         count = values_of(geometry, fused)
         unbiased = 1 if flags & BIASED_RUNNING_VAR else count / np.maximum(count - 1, 1)
         shape = geometry.b, geometry.g
@@ -190,7 +209,7 @@ def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mea
     sizes = tuple(geometry[:5])
     cut, tiles = columns.cut_columns(geometry)
     x, y = flat
-    coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
+    coefficients = np.empty(geometry.b * 4 * cut[1], weight.dtype)
     partial = np.empty(geometry.b * (1 if given else tiles) * 2 * cut[1])
     last = (weight, bias, coefficients, partial, *statistics, sizes, cut, eps, has_mean, given)
     if not given and (geometry.b > 1 or tiles == 1):
@@ -229,8 +248,10 @@ def backward(
     given, has_mean = int(bool(flags & GIVEN_STATISTICS)), int(not flags & NO_MEAN)
     mean = _flat(mean) if has_mean else np.zeros(sets)
     rstd = _flat(rstd)
-    weight = _parameter(weight, x.dtype, channels, 1)
+    work = TABLE[x.dtype].work
+    weight = _parameter(weight, work, channels, 1)
     dsum = _apart(fused.dsum, dx)
+    into = dx
     dy, x, dx = (_flat(array) for array in (dy, x, dx))
     sizes = tuple(geometry[:5])
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
@@ -241,14 +262,14 @@ def backward(
     with launched(num_threads, 3 * x.nbytes) as run:
         if fused.activation:
             dz = dx if fused.dresidual is None else _flat(fused.dresidual)
-            bias = _parameter(fused.bias, x.dtype, channels, 0)
+            bias = _parameter(fused.bias, work, channels, 0)
             has_residual = int(fused.residual is not None)
             run(after.take_back, dy, x, _flat(fused.residual) if has_residual else x, weight, bias,
                 dz, mean, rstd, sizes, fused.activation, fused.slope, has_residual)
             dy = dz
         if _in_columns(geometry):
             cut, tiles = columns.cut_columns(geometry)
-            coefficients = np.empty(geometry.b * 4 * cut[1], x.dtype)
+            coefficients = np.empty(geometry.b * 4 * cut[1], work)
             partial = np.empty(geometry.b * tiles * 2 * cut[1])
             run(columns.start_products, coefficients, mean, sizes, cut, has_mean)
             run(columns.sum_tiles, x, dy, coefficients, partial, sizes, cut, 1)
@@ -264,7 +285,7 @@ def backward(
         elif sets < FEW and geometry.values > TILE:
             pieces = _pieces(geometry.i)
             partial = np.empty(2 * pieces * (x.size // geometry.i))
-            hi = mean.astype(x.dtype)
+            hi = mean.astype(work)
             scale, shift = np.empty((2, sets))
             run(rows.product_pieces, dy, x, hi, partial, sizes, pieces)
             run(rows.merge_products, weight, hi, partial, mean, rstd, *terms, scale, shift, sizes,
@@ -275,7 +296,7 @@ def backward(
             run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
                 streaming)
     if dsum is not None:
-        dx += dsum.reshape(-1)
+        into += dsum.reshape(into.shape)
     for gradient, found in zip((dweight, dbias), terms, strict=True):
         if gradient is not None:
             gradient[...] = found.reshape(parts, channels).sum(axis=0).reshape(gradient.shape)

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit, types
 
 from fastnorm.backends import scalar
+from fastnorm.dtypes import TABLE
 
 # No freedom of fastmath: nnan and ninf would hide a NaN, and with reassoc and contract the two
 # builds of a kernel gave other bits. numba_simd spells out the vectors they are for.
@@ -53,8 +54,8 @@ class Kernel:
     """A function of arrays, built twice where it has a prange: for Numba's threads, and for the
     calling thread alone.
 
-    `letters` are its argument types: a an array of x's type, d of float64, n an int64, f a
-    float64, t the five sizes of the geometry."""
+    `letters` are its argument types: x an array like x, a one of the working type, d of float64,
+    n an int64, f a float64, t the five sizes of the geometry."""
 
     def __init__(self, function, letters, parallel, allocates):
         self.letters = letters.replace(" ", "")
@@ -68,7 +69,8 @@ class Kernel:
     def compile(self, dtype):
         """Both builds for arrays of `dtype`, or from the cache on disk."""
         kinds = {
-            "a": numba.from_dtype(np.dtype(dtype))[::1],
+            "x": numba.from_dtype(TABLE[np.dtype(dtype)].bits)[::1],
+            "a": numba.from_dtype(TABLE[np.dtype(dtype)].work)[::1],
             "d": types.float64[::1],
             "n": types.int64,
             "f": types.float64,

@@ -9,6 +9,7 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import kernel
+from fastnorm.backends.numba_simd import rounded
 from fastnorm.backends.numba_words import (
     backward_terms,
     forward_terms,
@@ -26,14 +27,14 @@ from fastnorm.backends.numba_words import (
 
 
 # x, y, weight, bias -> mean, var, rstd
-@kernel("aaaa ddd tfnn")
+@kernel("xxaa ddd tfnn")
 def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Each set: sums, statistics, map."""
     b, o, g, k, i = sizes
     n = k * i
     for set_ in prange(b * g):
         start = set_ // g * o * g * n + set_ % g * n
-        about = sample(x, start, g * n, o, n) if has_mean else x.dtype.type(0)
+        about = sample(x, start, g * n, o, n) if has_mean else rounded(x, 0)
         s = 0.0
         q = 0.0
         for r in range(o):
@@ -45,7 +46,7 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
         mean[set_] = found[0]
         var[set_] = found[1]
         rstd[set_] = reciprocal_deviation(found[1], eps)
-        hi = x.dtype.type(found[0])
+        hi = rounded(x, found[0])
         for c in range(k):
             channel = set_ % g * k + c
             scale, shift = forward_terms(
@@ -54,33 +55,33 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
             for r in range(o):
                 at = start + r * g * n + c * i
                 map_run(
-                    x[at : at + i], y[at : at + i], hi, x.dtype.type(scale), x.dtype.type(shift),
+                    x[at : at + i], y[at : at + i], hi, rounded(x, scale), rounded(x, shift),
                     streaming,
                 )
 
 
-@kernel("aaaa ddd tfnn")
+@kernel("xxaa ddd tfnn")
 def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """forward_sets where i == o == 1: a weight for each place."""
     b, _, g, k, _ = sizes
     for set_ in prange(b * g):
         at = set_ * k
-        about = sample(x, at, 0, 1, k) if has_mean else x.dtype.type(0)
+        about = sample(x, at, 0, 1, k) if has_mean else rounded(x, 0)
         s, q = run_sums(x[at : at + k], about)
         found = statistics(x, at, 0, 1, k, about, s, q, has_mean)
         mean[set_] = found[0]
         var[set_] = found[1]
         rstd[set_] = reciprocal_deviation(found[1], eps)
-        hi = x.dtype.type(found[0])
+        hi = rounded(x, found[0])
         scale, shift = forward_terms(found[0], float64(hi), rstd[set_], 1.0, 0.0)
         w = set_ % g * k
         map_run_weighted(
             x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
-            x.dtype.type(scale), x.dtype.type(shift), streaming,
+            rounded(x, scale), rounded(x, shift), streaming,
         )
 
 
-@kernel("add tn")
+@kernel("xdd tn")
 def sum_pieces(x, about, partial, sizes, pieces):
     """partial[run][piece] = sums, about[set] in double."""
     b, o, g, k, i = sizes
@@ -91,13 +92,13 @@ def sum_pieces(x, about, partial, sizes, pieces):
         set_ = run // (o * g) * g + run % g
         s, q = run_sums(
             x[run * n + piece * n // pieces : run * n + (piece + 1) * n // pieces],
-            x.dtype.type(about[set_]),
+            rounded(x, about[set_]),
         )
         partial[2 * unit] = s
         partial[2 * unit + 1] = q
 
 
-@kernel("ad tn", parallel=False)
+@kernel("xd tn", parallel=False)
 def sample_sets(x, about, sizes, has_mean):
     b, o, g, k, i = sizes
     n = k * i
@@ -107,7 +108,7 @@ def sample_sets(x, about, sizes, has_mean):
             about[set_] = float64(sample(x, set_ // g * o * g * n + set_ % g * n, g * n, o, n))
 
 
-@kernel("add ddd tnfn")
+@kernel("xdd ddd tnfn")
 def merge_pieces(x, about, partial, mean, var, rstd, sizes, pieces, eps, has_mean):
     """Statistics of each set from its pieces."""
     b, o, g, k, i = sizes
@@ -122,14 +123,14 @@ def merge_pieces(x, about, partial, mean, var, rstd, sizes, pieces, eps, has_mea
                 q += partial[2 * unit + 1]
         start = set_ // g * o * g * n + set_ % g * n
         found = statistics(
-            x, start, g * n, o, n, x.dtype.type(about[set_]), s, q, has_mean
+            x, start, g * n, o, n, rounded(x, about[set_]), s, q, has_mean
         )
         mean[set_] = found[0]
         var[set_] = found[1]
         rstd[set_] = reciprocal_deviation(found[1], eps)
 
 
-@kernel("aaaa dd tnn")
+@kernel("xxaa dd tnn")
 def map_pieces(x, y, weight, bias, mean, rstd, sizes, pieces, streaming):
     """Map with known statistics, a piece of a channel's run at a time."""
     b, o, g, k, i = sizes
@@ -138,21 +139,21 @@ def map_pieces(x, y, weight, bias, mean, rstd, sizes, pieces, streaming):
         piece = unit % pieces
         channel = run % (g * k)
         set_ = run // (o * g * k) * g + channel // k
-        hi = x.dtype.type(mean[set_])
+        hi = rounded(x, mean[set_])
         scale, shift = forward_terms(
             mean[set_], float64(hi), rstd[set_], float64(weight[channel]), float64(bias[channel])
         )
         first = run * i + piece * i // pieces
         stop = run * i + (piece + 1) * i // pieces
         map_run(
-            x[first:stop], y[first:stop], hi, x.dtype.type(scale), x.dtype.type(shift), streaming
+            x[first:stop], y[first:stop], hi, rounded(x, scale), rounded(x, shift), streaming
         )
 
 
 # ---- backward: dx, and for each (set, channel) its terms of dweight and dbias --------------------
 
 
-@kernel("aaaa dd dd tnnn")
+@kernel("xxax dd dd tnnn")
 def backward_sets(
     dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
 ):
@@ -160,7 +161,7 @@ def backward_sets(
     n = k * i
     for set_ in prange(b * g):
         start = set_ // g * o * g * n + set_ % g * n
-        hi = x.dtype.type(mean[set_])
+        hi = rounded(x, mean[set_])
         lo = mean[set_] - float64(hi)
         gy = 0.0
         gyd = 0.0
@@ -183,13 +184,13 @@ def backward_sets(
             for c in range(k):
                 at = start + r * g * n + c * i
                 map_products(
-                    x[at : at + i], dy[at : at + i], dx[at : at + i], hi, x.dtype.type(scale),
-                    x.dtype.type(shift),
-                    x.dtype.type(rstd[set_] * float64(weight[set_ % g * k + c])), streaming,
+                    x[at : at + i], dy[at : at + i], dx[at : at + i], hi, rounded(x, scale),
+                    rounded(x, shift),
+                    rounded(x, rstd[set_] * float64(weight[set_ % g * k + c])), streaming,
                 )
 
 
-@kernel("aaad tn")
+@kernel("xxad tn")
 def product_pieces(dy, x, hi, partial, sizes, pieces):
     """partial[run of a channel][piece] = sums; hi[set]."""
     b, o, g, k, i = sizes
@@ -232,7 +233,7 @@ def merge_products(
             scale[set_] = shift[set_] = 0.0
 
 
-@kernel("aaaa a ddd tnn")
+@kernel("xxax a ddd tnn")
 def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces, streaming):
     b, o, g, k, i = sizes
     for unit in prange(b * o * g * k * pieces):
@@ -243,21 +244,21 @@ def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces,
         first = run * i + piece * i // pieces
         stop = run * i + (piece + 1) * i // pieces
         map_products(
-            x[first:stop], dy[first:stop], dx[first:stop], hi[set_], x.dtype.type(scale[set_]),
-            x.dtype.type(shift[set_]), x.dtype.type(rstd[set_] * float64(weight[channel])),
+            x[first:stop], dy[first:stop], dx[first:stop], hi[set_], rounded(x, scale[set_]),
+            rounded(x, shift[set_]), rounded(x, rstd[set_] * float64(weight[channel])),
             streaming,
         )
 
 
-@kernel("aaaa dd dd tnnnn", allocates=True)
+@kernel("xxax dd dd tnnnn", allocates=True)
 def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, parts, has_mean,
                       given, streaming):
     """backward_sets where i == o == 1; terms_w and terms_b hold [parts][g*k]."""
     b, _, g, k, _ = sizes
     size = g * k
     for part in prange(parts):
-        sum_w = np.zeros(size, x.dtype)
-        sum_b = np.zeros(size, x.dtype)
+        sum_w = np.zeros(size, weight.dtype)
+        sum_b = np.zeros(size, weight.dtype)
         total_w = terms_w[part * size : (part + 1) * size]
         total_b = terms_b[part * size : (part + 1) * size]
         total_w[:] = 0.0
@@ -266,7 +267,7 @@ def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, pa
         for set_ in range(part * b // parts * g, (part + 1) * b // parts * g):
             at = set_ * k
             w = set_ % g * k
-            hi = x.dtype.type(mean[set_])
+            hi = rounded(x, mean[set_])
             lo = mean[set_] - float64(hi)
             s, q = run_products_weighted(x[at : at + k], dy[at : at + k], weight[w : w + k], hi)
             scale, shift = backward_terms(s, q, lo, rstd[set_], float64(k), has_mean)
@@ -274,8 +275,8 @@ def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, pa
                 scale = shift = 0.0
             map_products_weighted(
                 x[at : at + k], dy[at : at + k], dx[at : at + k], weight[w : w + k], hi,
-                x.dtype.type(scale), x.dtype.type(shift), x.dtype.type(rstd[set_]),
-                x.dtype.type(-lo * rstd[set_]), sum_w[w : w + k], sum_b[w : w + k],
+                rounded(x, scale), rounded(x, shift), rounded(x, rstd[set_]),
+                rounded(x, -lo * rstd[set_]), sum_w[w : w + k], sum_b[w : w + k],
                 streaming,
             )
             since += 1

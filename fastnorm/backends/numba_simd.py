@@ -35,7 +35,8 @@ class VectorModel(models.PrimitiveModel):
 def _pointer(context, builder, array_type, array, index, vector):
     """Where the vector at array[index] lies."""
     base = cgutils.create_struct_proxy(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(base, [index]), ir.PointerType(vector))
+    place = builder.gep(base, [index], inbounds=True)
+    return builder.bitcast(place, ir.PointerType(vector))
 
 
 @intrinsic
@@ -63,17 +64,126 @@ def splat(_typing, value):
     return kind(value), build
 
 
+# ---- elements of 16 bits: uint16 are the bits of float16, int16 those of bfloat16 ----------------
+#
+# They are float32 in registers, and rounded to nearest even where they are stored.
+
+SHORT = (types.uint16, types.int16)
+
+
+def work_of(element):
+    return types.float32 if element in SHORT else element
+
+
+def _shaped(scalar, like):
+    """The IR type of scalars, or of as many in a vector as `like` has."""
+    return ir.VectorType(scalar, like.count) if isinstance(like, ir.VectorType) else scalar
+
+
+def _all(kind, value):
+    is_vector = isinstance(kind, ir.VectorType)
+    return ir.Constant(kind, [value] * kind.count if is_vector else value)
+
+
+def _widen(builder, element, bits):
+    """float32 of the bits of elements, one or a vector of them."""
+    if element == types.uint16:
+        half = builder.bitcast(bits, _shaped(ir.HalfType(), bits.type))
+        return builder.fpext(half, _shaped(ir.FloatType(), bits.type))
+    whole = _shaped(ir.IntType(32), bits.type)
+    upper = builder.shl(builder.zext(bits, whole), _all(whole, 16))
+    return builder.bitcast(upper, _shaped(ir.FloatType(), bits.type))
+
+
+def _narrow(builder, element, value):
+    """The bits of elements from float32; a NaN stays one, made quiet."""
+    short = _shaped(ir.IntType(16), value.type)
+    if element == types.uint16:
+        half = builder.fptrunc(value, _shaped(ir.HalfType(), value.type))
+        return builder.bitcast(half, short)
+    whole = _shaped(ir.IntType(32), value.type)
+    bits = builder.bitcast(value, whole)
+    upper = builder.lshr(bits, _all(whole, 16))
+    odd = builder.and_(upper, _all(whole, 1))
+    rounded = builder.add(builder.add(bits, _all(whole, 0x7FFF)), odd)
+    size = builder.and_(bits, _all(whole, 0x7FFFFFFF))
+    nan = builder.icmp_unsigned(">", size, _all(whole, 0x7F800000))
+    quiet = builder.or_(upper, _all(whole, 0x40))
+    chosen = builder.select(nan, quiet, builder.lshr(rounded, _all(whole, 16)))
+    return builder.trunc(chosen, short)
+
+
+def _read(builder, element, pointer):
+    value = builder.load(pointer, align=element.bitwidth // 8)
+    return _widen(builder, element, value) if element in SHORT else value
+
+
 @intrinsic
 def load(_typing, array, index):
-    """The line at array[index], at any address."""
-    kind = Vector(array.dtype)
+    """The vector of values at array[index], at any address."""
+    kind = Vector(work_of(array.dtype))
 
     def build(context, builder, _signature, arguments):
-        vector = context.get_value_type(kind)
-        pointer = _pointer(context, builder, array, *arguments, vector)
-        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+        stored = ir.VectorType(context.get_value_type(array.dtype), kind.lanes)
+        pointer = _pointer(context, builder, array, *arguments, stored)
+        return _read(builder, array.dtype, pointer)
 
     return kind(array, types.intp), build
+
+
+@intrinsic
+def at(_typing, array, index):
+    """The value of array[index]."""
+
+    def build(context, builder, _signature, arguments):
+        stored = context.get_value_type(array.dtype)
+        return _read(
+            builder, array.dtype, _pointer(context, builder, array, *arguments, stored)
+        )
+
+    return work_of(array.dtype)(array, types.intp), build
+
+
+@intrinsic
+def put(_typing, array, index, value):
+    """array[index] = value, rounded to the working type and, where that is another, again."""
+    work = work_of(array.dtype)
+
+    def build(context, builder, _signature, arguments):
+        stored = context.get_value_type(array.dtype)
+        pointer = _pointer(context, builder, array, *arguments[:2], stored)
+        bits = arguments[2]
+        if array.dtype in SHORT:
+            bits = _narrow(builder, array.dtype, bits)
+        builder.store(bits, pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, work), build
+
+
+@intrinsic
+def rounded(_typing, array, value):
+    """A value in the working type of an array like x."""
+
+    def build(_context, _builder, _signature, arguments):
+        return arguments[1]
+
+    work = work_of(array.dtype)
+    return work(array, work), build
+
+
+@intrinsic
+def on_grid(_typing, array, value):
+    """rounded, to one that the array can hold: differences from another value would all have the
+    same lowest bits, and every addition would round them the same way."""
+    work = work_of(array.dtype)
+
+    def build(_context, builder, _signature, arguments):
+        if array.dtype not in SHORT:
+            return arguments[1]
+        return _widen(builder, array.dtype, _narrow(builder, array.dtype, arguments[1]))
+
+    return work(array, work), build
 
 
 @intrinsic
@@ -91,12 +201,14 @@ def store(_typing, array, index, value):
 
 @intrinsic
 def stream(_typing, array, index, value):
-    """Store a line at array[index], which is aligned to a line, past the caches."""
+    """Store a vector at array[index], which is aligned to its size, past the caches."""
 
     def build(context, builder, _signature, arguments):
-        vector = context.get_value_type(value)
-        pointer = _pointer(context, builder, array, *arguments[:2], vector)
-        store = builder.store(arguments[2], pointer, align=LINE)
+        bits = arguments[2]
+        if array.dtype in SHORT:
+            bits = _narrow(builder, array.dtype, bits)
+        pointer = _pointer(context, builder, array, *arguments[:2], bits.type)
+        store = builder.store(bits, pointer, align=value.lanes * array.dtype.bitwidth // 8)
         one = ir.Constant(ir.IntType(32), 1)
         store.set_metadata("nontemporal", builder.module.add_metadata([one]))
         return context.get_dummy_value()
@@ -109,16 +221,17 @@ def fold(_typing, value):
     """The sum of a line's values in float64, pairwise."""
 
     def build(_context, builder, _signature, arguments):
-        lane, double = ir.IntType(32), ir.DoubleType()
-        sums = [
-            builder.extract_element(arguments[0], ir.Constant(lane, j)) for j in range(value.lanes)
-        ]
+        lane, sums, lanes = ir.IntType(32), arguments[0], value.lanes
         if value.element != types.float64:
-            sums = [builder.fpext(one, double) for one in sums]
-        while len(sums) > 1:
-            half = len(sums) // 2
-            sums = [builder.fadd(sums[j], sums[j + half]) for j in range(half)]
-        return sums[0]
+            sums = builder.fpext(sums, ir.VectorType(ir.DoubleType(), lanes))
+        while lanes > 1:
+            lanes //= 2
+            halves = []
+            for first in (0, lanes):
+                order = ir.Constant(ir.VectorType(lane, lanes), list(range(first, first + lanes)))
+                halves.append(builder.shuffle_vector(sums, sums, order))
+            sums = builder.fadd(*halves)
+        return builder.extract_element(sums, ir.Constant(lane, 0))
 
     return types.float64(value), build
 

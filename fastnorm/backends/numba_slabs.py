@@ -51,7 +51,7 @@ def gather(places, i, totals):
     places[:] = 0
 
 
-@kernel("aaaa ddd tfnnn", allocates=True)
+@kernel("xxaa ddd tfnnn", allocates=True)
 def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, given, streaming):
     """numba_rows.forward_sets, or with `given` only the map."""
     _, o, g, _, i = sizes
@@ -61,10 +61,10 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
         first = unit * most
         channels = min(most, g - first)
         n = channels * i
-        hi = np.zeros(n, x.dtype)
-        scale = np.zeros(n, x.dtype)
-        shift = np.zeros(n, x.dtype)
-        terms = np.zeros((3, channels), x.dtype)
+        hi = np.zeros(n, weight.dtype)
+        scale = np.zeros(n, weight.dtype)
+        shift = np.zeros(n, weight.dtype)
+        terms = np.zeros((3, channels), weight.dtype)
         sums = np.zeros((2, channels))
         if not given:
             for c in range(channels):
@@ -96,7 +96,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
             map_row(x[at : at + n], y[at : at + n], hi, scale, shift, streaming)
 
 
-@kernel("aaaa dd dd tnnn", allocates=True)
+@kernel("xxax dd dd tnnn", allocates=True)
 def backward_slabs(
     dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
 ):
@@ -108,11 +108,11 @@ def backward_slabs(
         first = unit * most
         channels = min(most, g - first)
         n = channels * i
-        hi = np.zeros(n, x.dtype)
-        scale = np.zeros(n, x.dtype)
-        shift = np.zeros(n, x.dtype)
-        dscale = np.zeros(n, x.dtype)
-        terms = np.zeros((4, channels), x.dtype)
+        hi = np.zeros(n, weight.dtype)
+        scale = np.zeros(n, weight.dtype)
+        shift = np.zeros(n, weight.dtype)
+        dscale = np.zeros(n, weight.dtype)
+        terms = np.zeros((4, channels), weight.dtype)
         sums = np.zeros((2, channels))
         for c in range(channels):
             terms[0, c] = mean[first + c]

@@ -8,7 +8,19 @@ from numba import float64
 
 from fastnorm.backends import scalar
 from fastnorm.backends.numba_jit import inlined
-from fastnorm.backends.numba_simd import LINE, address, fold, load, splat, store, stream
+from fastnorm.backends.numba_simd import (
+    LINE,
+    address,
+    at,
+    fold,
+    load,
+    on_grid,
+    put,
+    rounded,
+    splat,
+    store,
+    stream,
+)
 
 BLOCK = 2048  # values of a run summed in the working type
 RUN = 128  # and of a column
@@ -19,6 +31,12 @@ moments = inlined(scalar.moments)
 reciprocal_deviation = inlined(scalar.reciprocal_deviation)
 forward_terms = inlined(scalar.forward_terms)
 backward_terms = inlined(scalar.backward_terms)
+
+
+@inlined
+def lanes(x):
+    """Of a vector of what an array like x holds: one line of the working type."""
+    return LINE // max(x.itemsize, 4)
 
 
 # ---- runs ------------------------------------------------------------------------------------
@@ -47,23 +65,23 @@ def _whole_lines(term):
 
     @inlined
     def whole_lines(x, dy, weight, about, stop):
-        lanes = LINE // x.itemsize
+        width = lanes(x)
         center = splat(about)
         s = 0.0
         q = 0.0
         for start in range(0, stop, BLOCK):
             end = min(stop, start + BLOCK)
             # Two lines at a time, so that neither waits for the other.
-            s0 = s1 = q0 = q1 = splat(x.dtype.type(0))
-            for j in range(start, end - lanes, 2 * lanes):
+            s0 = s1 = q0 = q1 = splat(rounded(x, 0))
+            for j in range(start, end - width, 2 * width):
                 a, d = term(x, dy, weight, j, center)
                 s0 = s0 + a
                 q0 = q0 + a * d
-                a, d = term(x, dy, weight, j + lanes, center)
+                a, d = term(x, dy, weight, j + width, center)
                 s1 = s1 + a
                 q1 = q1 + a * d
-            if (end - start) // lanes % 2:
-                a, d = term(x, dy, weight, end - lanes, center)
+            if (end - start) // width % 2:
+                a, d = term(x, dy, weight, end - width, center)
                 s0 = s0 + a
                 q0 = q0 + a * d
             s += fold(s0 + s1)
@@ -81,10 +99,10 @@ lines_of_weighted_dy = _whole_lines(term_of_weighted_dy)
 @inlined
 def run_sums(x, about):
     """Sums of d and of d*d, d = x - about."""
-    stop = x.size - x.size % (LINE // x.itemsize)
+    stop = x.size - x.size % (lanes(x))
     s, q = lines_of_x(x, x, x, about, stop)
     for j in range(stop, x.size):
-        d = float64(x[j] - about)
+        d = float64(at(x, j) - about)
         s += d
         q += d * d
     return s, q
@@ -96,7 +114,7 @@ def run_sums_exact(x, about):
     s = 0.0
     q = 0.0
     for j in range(x.size):
-        d = float64(x[j]) - about
+        d = float64(at(x, j)) - about
         s += d
         q += d * d
     return s, q
@@ -105,23 +123,23 @@ def run_sums_exact(x, about):
 @inlined
 def run_products(x, dy, about):
     """Sums of dy and of dy*(x - about)."""
-    stop = x.size - x.size % (LINE // x.itemsize)
+    stop = x.size - x.size % (lanes(x))
     s, q = lines_of_dy(x, dy, dy, about, stop)
     for j in range(stop, x.size):
-        s += float64(dy[j])
-        q += float64(dy[j]) * float64(x[j] - about)
+        s += float64(at(dy, j))
+        q += float64(at(dy, j)) * float64(at(x, j) - about)
     return s, q
 
 
 @inlined
 def run_products_weighted(x, dy, weight, about):
     """Sums of dy*weight and of dy*weight*(x - about), a weight for each place."""
-    stop = x.size - x.size % (LINE // x.itemsize)
+    stop = x.size - x.size % (lanes(x))
     s, q = lines_of_weighted_dy(x, dy, weight, about, stop)
     for j in range(stop, x.size):
-        gy = float64(dy[j]) * float64(weight[j])
+        gy = float64(at(dy, j)) * float64(weight[j])
         s += gy
-        q += gy * float64(x[j] - about)
+        q += gy * float64(at(x, j) - about)
     return s, q
 
 
@@ -132,12 +150,12 @@ def run_products_weighted(x, dy, weight, about):
 def streamed(y):
     """(first, stop) of what of a run is stored past the caches: whole lines. Lines that are half
     streamed cost more than they save, so that a short run must be whole lines."""
-    lanes = LINE // y.itemsize
+    width = lanes(y)
     past = address(y) % LINE
     first = (LINE - past) % LINE // y.itemsize
-    if past % y.itemsize or (y.size < 64 * lanes and (first or y.size % lanes)):
+    if past % y.itemsize or (y.size < 64 * width and (first or y.size % width)):
         return y.size, y.size
-    return first, first + (y.size - first) // lanes * lanes
+    return first, first + (y.size - first) // width * width
 
 
 @inlined
@@ -162,7 +180,7 @@ def affine_products(x, dy, hi, scale, shift, dscale):
 @inlined
 def fill_run(x, y, hi, scale, shift):
     for j in range(x.size):
-        y[j] = affine(x[j], hi, scale, shift)
+        put(y, j, affine(at(x, j), hi, scale, shift))
 
 
 @inlined
@@ -173,7 +191,7 @@ def map_run(x, y, hi, scale, shift, streaming):
     first, stop = streamed(y)
     fill_run(x[:first], y[:first], hi, scale, shift)
     h, a, b = splat(hi), splat(scale), splat(shift)
-    for j in range(first, stop, LINE // y.itemsize):
+    for j in range(first, stop, lanes(y)):
         stream(y, j, affine(load(x, j), h, a, b))
     fill_run(x[stop:], y[stop:], hi, scale, shift)
 
@@ -181,7 +199,7 @@ def map_run(x, y, hi, scale, shift, streaming):
 @inlined
 def fill_run_weighted(x, y, weight, bias, hi, scale, shift):
     for j in range(x.size):
-        y[j] = affine_weighted(x[j], hi, scale, shift, weight[j], bias[j])
+        put(y, j, affine_weighted(at(x, j), hi, scale, shift, weight[j], bias[j]))
 
 
 @inlined
@@ -192,7 +210,7 @@ def map_run_weighted(x, y, weight, bias, hi, scale, shift, streaming):
     first, stop = streamed(y)
     fill_run_weighted(x[:first], y[:first], weight[:first], bias[:first], hi, scale, shift)
     h, a, b = splat(hi), splat(scale), splat(shift)
-    for j in range(first, stop, LINE // y.itemsize):
+    for j in range(first, stop, lanes(y)):
         stream(y, j, affine_weighted(load(x, j), h, a, b, load(weight, j), load(bias, j)))
     fill_run_weighted(x[stop:], y[stop:], weight[stop:], bias[stop:], hi, scale, shift)
 
@@ -200,7 +218,7 @@ def map_run_weighted(x, y, weight, bias, hi, scale, shift, streaming):
 @inlined
 def fill_products(x, dy, dx, hi, scale, shift, dscale):
     for j in range(x.size):
-        dx[j] = affine_products(x[j], dy[j], hi, scale, shift, dscale)
+        put(dx, j, affine_products(at(x, j), at(dy, j), hi, scale, shift, dscale))
 
 
 @inlined
@@ -211,7 +229,7 @@ def map_products(x, dy, dx, hi, scale, shift, dscale, streaming):
     first, stop = streamed(dx)
     fill_products(x[:first], dy[:first], dx[:first], hi, scale, shift, dscale)
     h, a, b, c = splat(hi), splat(scale), splat(shift), splat(dscale)
-    for j in range(first, stop, LINE // dx.itemsize):
+    for j in range(first, stop, lanes(dx)):
         stream(dx, j, affine_products(load(x, j), load(dy, j), h, a, b, c))
     fill_products(x[stop:], dy[stop:], dx[stop:], hi, scale, shift, dscale)
 
@@ -219,7 +237,7 @@ def map_products(x, dy, dx, hi, scale, shift, dscale, streaming):
 @inlined
 def fill_row(x, y, hi, scale, shift):
     for j in range(x.size):
-        y[j] = affine(x[j], hi[j], scale[j], shift[j])
+        put(y, j, affine(at(x, j), hi[j], scale[j], shift[j]))
 
 
 @inlined
@@ -230,7 +248,7 @@ def map_row(x, y, hi, scale, shift, streaming):
         return
     first, stop = streamed(y)
     fill_row(x[:first], y[:first], hi[:first], scale[:first], shift[:first])
-    for j in range(first, stop, LINE // y.itemsize):
+    for j in range(first, stop, lanes(y)):
         stream(y, j, affine(load(x, j), load(hi, j), load(scale, j), load(shift, j)))
     fill_row(x[stop:], y[stop:], hi[stop:], scale[stop:], shift[stop:])
 
@@ -238,7 +256,7 @@ def map_row(x, y, hi, scale, shift, streaming):
 @inlined
 def fill_row_products(x, dy, dx, hi, scale, shift, dscale):
     for j in range(x.size):
-        dx[j] = affine_products(x[j], dy[j], hi[j], scale[j], shift[j], dscale[j])
+        put(dx, j, affine_products(at(x, j), at(dy, j), hi[j], scale[j], shift[j], dscale[j]))
 
 
 @inlined
@@ -251,7 +269,7 @@ def map_row_products(x, dy, dx, hi, scale, shift, dscale, streaming):
     fill_row_products(
         x[:first], dy[:first], dx[:first], hi[:first], scale[:first], shift[:first], dscale[:first]
     )
-    for j in range(first, stop, LINE // dx.itemsize):
+    for j in range(first, stop, lanes(dx)):
         stream(dx, j, affine_products(
             load(x, j), load(dy, j), load(hi, j), load(scale, j), load(shift, j), load(dscale, j)
         ))
@@ -265,10 +283,10 @@ def fill_products_weighted(
     x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias
 ):
     for j in range(x.size):
-        d = x[j] - hi
-        dweight[j] += dy[j] * (d * rstd + offset)
-        dbias[j] += dy[j]
-        dx[j] = d * scale + shift + dy[j] * weight[j] * rstd
+        d = at(x, j) - hi
+        dweight[j] += at(dy, j) * (d * rstd + offset)
+        dbias[j] += at(dy, j)
+        put(dx, j, d * scale + shift + at(dy, j) * weight[j] * rstd)
 
 
 @inlined
@@ -282,7 +300,7 @@ def map_products_weighted(
         )
         return
     h, a, b, c, e = splat(hi), splat(scale), splat(shift), splat(rstd), splat(offset)
-    for j in range(0, dx.size, LINE // dx.itemsize):
+    for j in range(0, dx.size, lanes(dx)):
         d = load(x, j) - h
         u = load(dy, j)
         store(dweight, j, load(dweight, j) + u * (d * c + e))
@@ -297,12 +315,13 @@ def map_products_weighted(
 def sample(x, start, stride, runs, n):
     """A value near the mean of the set's runs: the average of SAMPLES of its values, exactly the
     constant of a constant set."""
-    first = float64(x[start])
+    first = float64(at(x, start))
     total = 0.0
     for j in range(1, SAMPLES):
-        total += float64(x[start + j * runs // SAMPLES * stride + j * n // SAMPLES]) - first
+        place = start + j * runs // SAMPLES * stride + j * n // SAMPLES
+        total += float64(at(x, place)) - first
     value = first + total / SAMPLES
-    return x.dtype.type(value if abs(value) < 1e37 else 0.0)
+    return on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 
 @inlined
@@ -344,17 +363,17 @@ def add_rows(x, rows, stride, about, s, q):
         x2 = x[(r + 2) * stride : (r + 2) * stride + width]
         x3 = x[(r + 3) * stride : (r + 3) * stride + width]
         for j in range(width):
-            a = x0[j] - about[j]
-            b = x1[j] - about[j]
-            c = x2[j] - about[j]
-            d = x3[j] - about[j]
+            a = at(x0, j) - about[j]
+            b = at(x1, j) - about[j]
+            c = at(x2, j) - about[j]
+            d = at(x3, j) - about[j]
             s[j] += (a + b) + (c + d)
             q[j] += (a * a + b * b) + (c * c + d * d)
         r += 4
     while r < rows:
         x0 = x[r * stride : r * stride + width]
         for j in range(width):
-            a = x0[j] - about[j]
+            a = at(x0, j) - about[j]
             s[j] += a
             q[j] += a * a
         r += 1
@@ -371,15 +390,15 @@ def add_row_products(x, dy, rows, stride, about, s, q):
         u0 = dy[r * stride : r * stride + width]
         u1 = dy[(r + 1) * stride : (r + 1) * stride + width]
         for j in range(width):
-            s[j] += u0[j] + u1[j]
-            q[j] += u0[j] * (x0[j] - about[j]) + u1[j] * (x1[j] - about[j])
+            s[j] += at(u0, j) + at(u1, j)
+            q[j] += at(u0, j) * (at(x0, j) - about[j]) + at(u1, j) * (at(x1, j) - about[j])
         r += 2
     while r < rows:
         x0 = x[r * stride : r * stride + width]
         u0 = dy[r * stride : r * stride + width]
         for j in range(width):
-            s[j] += u0[j]
-            q[j] += u0[j] * (x0[j] - about[j])
+            s[j] += at(u0, j)
+            q[j] += at(u0, j) * (at(x0, j) - about[j])
         r += 1
 
 
