@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c wheel sanitize tsan valgrind fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
+.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 
@@ -19,6 +19,12 @@ test-c:  ## build and run the C example and the C test
 
 install-c:  ## install the C library alone: make install-c PREFIX=/usr/local
 	$(PYTHON) setup.py install_c --prefix=$(PREFIX)
+
+dist-c:  ## archive the C library's sources for a machine without Python and Cython
+	$(PYTHON) setup.py dist_c
+
+manual:  ## write the manual of fastnorm.h to build/manual/html, by Doxygen
+	doxygen docs/Doxyfile
 
 bench:  ## measure a few cells against the memory floor and PyTorch
 	$(PYTHON) -m fastnorm bench --quick

@@ -1,8 +1,8 @@
 """Build libfastnorm, then the Python binding that is its first client.
 
-The Cython kernels become C once. That C is compiled for every element type and every x86-64
-level (elsewhere: once per type), linked with the few hand-written C files, and the linker drops
-the Python module code that nothing reaches, so that libfastnorm needs no Python.
+The Cython kernels become C once, of which only the kernels are kept: that C knows no Python. It is
+compiled for every element type and every x86-64 level (elsewhere: once per type), and linked with
+the few hand-written C files.
 """
 
 import os
@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,30 +27,27 @@ KERNELS = Path("fastnorm/kernels")
 HEADER = Path("include/fastnorm.h")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
-LEVELS = (
-    {
+LEVELS = {
+    True: {  # on x86-64
         "v2": ["-march=x86-64-v2"],
         "v3": ["-march=x86-64-v3"],
         "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    }
-    if X86_64
-    else {"baseline": []}
-)
-COMMON = [
-    "-O3",
-    "-std=gnu11",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffunction-sections",
-    "-fdata-sections",
-]
+    },
+    False: {"baseline": []},
+}
+COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden"]
 # Never fused multiply-adds, never -ffast-math: every level must give the same bits.
 MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NUMPY_API = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
+HAND_WRITTEN = ("fastnorm.c", "simple.c", "cpu.c", "parallel.c")
 MODULES = ("rows_forward", "rows_backward", "columns", "across", "fused", "masks")
 # Checks that raise would bring Python into the library.
 NO_PYTHON = {"language_level": 3, "cdivision": True, "boundscheck": False, "wraparound": False}
-INLINE = "-DCYTHON_INLINE=inline __attribute__((always_inline))"
+PRELUDE = """/* {name}.pyx of fastnorm {version}, as Cython made it C, without its Python module. */
+#define CYTHON_INLINE inline __attribute__((always_inline))
+#define CYTHON_UNUSED __attribute__((unused))
+#define __PYX_EXTERN_C extern
+"""
 
 
 def version():
@@ -60,8 +58,49 @@ def version():
     )
 
 
+def only_kernels(name, text):
+    """Of the C that Cython wrote: its includes, types and functions, none of which knows Python."""
+    sections = dict(re.findall(
+        r"/\* #### Code section: (\w+) ### \*/\n(.*?)(?=/\* #### Code section)", text, re.DOTALL
+    ))
+    declared = sections["module_declarations"]
+    parts = [
+        PRELUDE.format(name=name, version=version()),
+        text[text.index("/* Early includes */") : text.index("#ifdef _OPENMP\n#include")],
+        sections["type_declarations"],
+        declared[declared.index("/* Module declarations from") :],
+        sections["module_code"],
+    ]
+    return "\n".join(parts)
+
+
 def call(command):
     subprocess.run([str(word) for word in command], check=True)
+
+
+def steps(x86_64):
+    """(source, object, flags) of all that is compiled."""
+    for module in MODULES:
+        for dtype in DTYPES:
+            for level, march in LEVELS[x86_64].items():
+                defined = [f"-DFN_DTYPE={dtype}", f"-DFN_TYPE_{dtype}", f"-DFN_LEVEL={level}"]
+                flags = [*COMMON, *MATH, *march, *defined]
+                yield f"{module}.c", f"{module}_{dtype}_{level}.o", flags
+    levels = ["-DFASTNORM_X86_LEVELS"] if x86_64 else []
+    for source in HAND_WRITTEN:
+        yield source, f"{source}.o", [*COMMON, "-Wall", "-Wextra", *MATH, *levels]
+
+
+def public_names():
+    return re.findall(r"fastnorm_\w+", (KERNELS / "libfastnorm.map").read_text())
+
+
+def sonames():
+    """(the library's file, its soname). Until 1.0 a minor version may break what an older program
+    relies on."""
+    major, minor, _ = version().split(".")
+    soname = f"libfastnorm.so.{major}" if major != "0" else f"libfastnorm.so.0.{minor}"
+    return f"libfastnorm.so.{version()}", soname
 
 
 class Library:
@@ -77,20 +116,8 @@ class Library:
         self.private = "-lm -lpthread" + (" -lgomp" if self.openmp else "")
         self.objects = []
 
-    def compile(self):
-        """The kernels for every type and level, and the hand-written C files."""
-        includes = [f"-I{ROOT / 'include'}", f"-I{ROOT / KERNELS}"]
-        python = f"-I{sysconfig.get_path('include')}"
-        extra = shlex.split(os.environ.get("FASTNORM_CFLAGS", ""))
-        commands = []
-
-        def compile_(source, name, *flags):
-            self.objects.append(self.temporary / f"{name}.o")
-            commands.append([
-                *self.compiler, *COMMON, *includes, *flags, *extra, "-c", str(source), "-o",
-                self.objects[-1],
-            ])
-
+    def write_kernels(self, folder):
+        """The kernels' C files into a folder."""
         modules = cythonize(
             [
                 Extension(f"fastnorm.kernels.{name}", [str(KERNELS / f"{name}.pyx")])
@@ -99,33 +126,30 @@ class Library:
             build_dir=str(self.temporary),
             compiler_directives=NO_PYTHON,
         )
-        for module in modules:
-            name = module.name.rpartition(".")[2]
-            for dtype in DTYPES:
-                for level, march in LEVELS.items():
-                    variant = f"{name}_{dtype}_{level}"
-                    compile_(
-                        module.sources[0],
-                        variant,
-                        *MATH,
-                        *march,
-                        INLINE,
-                        python,
-                        f"-DFN_DTYPE={dtype}",
-                        f"-DFN_TYPE_{dtype}",
-                        f"-DFN_LEVEL={level}",
-                        f"-DPyInit_{name}=PyInit_{variant}",
-                        f"-D__pyx_module_is_main_fastnorm__kernels__{name}=is_main_{variant}",
-                    )
-        for source in ("fastnorm.c", "simple.c", "cpu.c", "parallel.c"):
-            levels = ["-DFASTNORM_X86_LEVELS"] if X86_64 else []
-            compile_(KERNELS / source, source, "-Wall", "-Wextra", *MATH, *self.openmp, *levels)
+        for module, name in zip(modules, MODULES, strict=True):
+            text = only_kernels(name, Path(module.sources[0]).read_text())
+            (folder / f"{name}.c").write_text(text)
+
+    def compile(self):
+        """The kernels for every type and level, and the hand-written C files."""
+        self.write_kernels(self.temporary)
+        folders = [f"-I{ROOT / 'include'}", f"-I{ROOT / KERNELS}"]
+        extra = shlex.split(os.environ.get("FASTNORM_CFLAGS", ""))
+        commands = []
+        for source, name, flags in steps(X86_64):
+            folder = ROOT / KERNELS if source in HAND_WRITTEN else self.temporary
+            openmp = self.openmp if source in HAND_WRITTEN else []
+            self.objects.append(self.temporary / name)
+            commands.append([
+                *self.compiler, *flags, *folders, *openmp, *extra, "-c", folder / source, "-o",
+                self.objects[-1],
+            ])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(call, commands))
 
     def link_shared(self, path, soname):
         script = ROOT / KERNELS / "libfastnorm.map"
-        link = ["-Wl,--gc-sections", "-Wl,-z,defs", f"-Wl,--version-script={script}"]
+        link = ["-Wl,-z,defs", f"-Wl,--version-script={script}"]
         link += [f"-Wl,-soname,{soname}", "-lm", "-lpthread"]
         extra = shlex.split(os.environ.get("FASTNORM_CFLAGS", ""))
         if "-fsanitize" in " ".join(extra):
@@ -135,16 +159,10 @@ class Library:
         ])
 
     def link_static(self, path):
-        """One object of what the public names reach, and only they are global in it. The linker
-        leaves the names that nothing uses any more, Python's, to objcopy."""
-        names = re.findall(r"fastnorm_\w+", (KERNELS / "libfastnorm.map").read_text())
+        """One object, of which only the public names are global."""
         whole = self.temporary / "libfastnorm.o"
-        roots = [f"-Wl,-u,{name}" for name in names]
-        call([
-            *self.compiler, "-r", "-nostdlib", "-Wl,--gc-sections", *roots, "-o", whole,
-            *self.objects,
-        ])
-        keep = [f"--keep-global-symbol={name}" for name in names]
+        call([*self.compiler, "-r", "-nostdlib", "-o", whole, *self.objects])
+        keep = [f"--keep-global-symbol={name}" for name in public_names()]
         call(["objcopy", "--strip-unneeded", *keep, whole])
         path.unlink(missing_ok=True)
         call(["ar", "rcs", path, whole])
@@ -231,10 +249,7 @@ class InstallC(Command):
             place.mkdir(parents=True, exist_ok=True)
         library = Library(self.build_temp)
         library.compile()
-        # Until 1.0 a minor version may break what an older program relies on.
-        major, minor, _ = version().split(".")
-        soname = f"libfastnorm.so.{major}" if major != "0" else f"libfastnorm.so.0.{minor}"
-        full = f"libfastnorm.so.{version()}"
+        full, soname = sonames()
         library.link_shared(folder / full, soname)
         for link, target in ((soname, full), ("libfastnorm.so", soname)):
             (folder / link).unlink(missing_ok=True)
@@ -244,9 +259,66 @@ class InstallC(Command):
         shutil.copy(HEADER, include)
 
 
+class DistC(Command):
+    """The C library's sources for a machine without Python: dist/fastnorm-c-VERSION.tar.gz."""
+
+    description = "archive libfastnorm's C sources, to be built with make alone"
+    user_options = [("dist-dir=", None, "folder for the archive")]  # noqa: RUF012
+
+    def initialize_options(self):
+        self.dist_dir = "dist"
+
+    def finalize_options(self):
+        self.dist_dir = Path(self.dist_dir)
+
+    def run(self):
+        name = f"fastnorm-c-{version()}"
+        folder = Path("build") / name
+        shutil.rmtree(folder, ignore_errors=True)
+        for part in ("src", "include", "tests", "objects"):
+            (folder / part).mkdir(parents=True)
+        library = Library("build/dist-c")
+        library.write_kernels(folder / "src")
+        for pattern in ("*.h", "*.map", *HAND_WRITTEN):
+            for file in KERNELS.glob(pattern):
+                shutil.copy(file, folder / "src")
+        for file in ("tests/test_library.c", "tests/test_attack.c"):
+            shutil.copy(file, folder / "tests")
+        shutil.copy(HEADER, folder / "include")
+        shutil.copy("LICENSE", folder)
+        (folder / "objects/.keep").touch()
+        full, soname = sonames()
+        library.describe(folder, "../include", soname, rpath=False)
+        for file in (*folder.glob("pkgconfig/*"), *folder.glob("cmake/fastnorm/*")):
+            file.rename(folder / file.name)
+        shutil.rmtree(folder / "pkgconfig")
+        shutil.rmtree(folder / "cmake")
+        text = Path("include/Makefile.in").read_text()
+        for key, value in {
+            "FULL": full, "SONAME": soname, "X86_64": self.rules(True), "OTHER": self.rules(False),
+            "KEEP": " ".join(f"--keep-global-symbol={public}" for public in public_names()),
+        }.items():
+            text = text.replace(f"@{key}@", value)
+        (folder / "Makefile").write_text(text)
+        self.dist_dir.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(self.dist_dir / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(folder, name)
+
+    def rules(self, x86_64):
+        objects, rules = [], []
+        for source, name, flags in steps(x86_64):
+            objects.append(f"objects/{name}")
+            openmp = " $(OPENMP)" if source in HAND_WRITTEN else ""
+            rules.append(
+                f"objects/{name}: src/{source}\n\t$(CC) {' '.join(flags)} -Iinclude -Isrc{openmp}"
+                " $(CFLAGS) -c $< -o $@"
+            )
+        return "\n".join([f"OBJECTS = {' '.join(objects)}", *rules])
+
+
 setup(
     version=version(),
-    cmdclass={"build_ext": BuildWithLibrary, "install_c": InstallC},
+    cmdclass={"build_ext": BuildWithLibrary, "install_c": InstallC, "dist_c": DistC},
     ext_modules=cythonize(
         [
             Extension(

@@ -56,6 +56,7 @@ FASTNORM_API int32_t fastnorm_version(void);
 
 /* ---- Status codes: never renumbered --------------------------------------------------- */
 
+/* What a call returns. */
 typedef enum fastnorm_status {
     FASTNORM_OK = 0,
     FASTNORM_NULL_POINTER = 10,         /* a required pointer is NULL */
@@ -100,6 +101,7 @@ typedef enum fastnorm_activation {
     FASTNORM_GELU_TANH = 5   /* z*(1 + tanh(sqrt(2/pi)*(z + 0.044715*z^3)))/2 */
 } fastnorm_activation;
 
+/* Where the channels are: behind the batch, or last. */
 typedef enum fastnorm_layout { FASTNORM_NCHW = 1, FASTNORM_NHWC = 2 } fastnorm_layout;
 
 /* Levels of x86-64; on another processor only FASTNORM_ISA_BEST. */
@@ -154,6 +156,7 @@ FASTNORM_API fastnorm_status fastnorm_batch_norm_inference(
     const void *weight, const void *bias, double eps,
     void *y, const fastnorm_options *options);
 
+/* Gradients of fastnorm_batch_norm; with the formula of fastnorm_backward. */
 FASTNORM_API fastnorm_status fastnorm_batch_norm_backward(
     fastnorm_dtype dtype, fastnorm_layout layout, int64_t n, int64_t channels, int64_t spatial,
     const void *dy, const void *x, const void *weight, const double *mean, const double *rstd,
@@ -165,6 +168,7 @@ FASTNORM_API fastnorm_status fastnorm_instance_norm(
     const void *x, const void *weight, const void *bias, double eps,
     void *y, double *mean, double *rstd, const fastnorm_options *options);
 
+/* Gradients of fastnorm_instance_norm. */
 FASTNORM_API fastnorm_status fastnorm_instance_norm_backward(
     fastnorm_dtype dtype, fastnorm_layout layout, int64_t n, int64_t channels, int64_t spatial,
     const void *dy, const void *x, const void *weight, const double *mean, const double *rstd,
@@ -176,6 +180,7 @@ FASTNORM_API fastnorm_status fastnorm_group_norm(
     int64_t groups, const void *x, const void *weight, const void *bias, double eps,
     void *y, double *mean, double *rstd, const fastnorm_options *options);
 
+/* Gradients of fastnorm_group_norm. */
 FASTNORM_API fastnorm_status fastnorm_group_norm_backward(
     fastnorm_dtype dtype, fastnorm_layout layout, int64_t n, int64_t channels, int64_t spatial,
     int64_t groups, const void *dy, const void *x, const void *weight, const double *mean,
@@ -187,6 +192,7 @@ FASTNORM_API fastnorm_status fastnorm_layer_norm(
     const void *x, const void *weight, const void *bias, double eps,
     void *y, double *mean, double *rstd, const fastnorm_options *options);
 
+/* Gradients of fastnorm_layer_norm. */
 FASTNORM_API fastnorm_status fastnorm_layer_norm_backward(
     fastnorm_dtype dtype, int64_t rows, int64_t columns,
     const void *dy, const void *x, const void *weight, const double *mean, const double *rstd,
@@ -197,6 +203,7 @@ FASTNORM_API fastnorm_status fastnorm_rms_norm(
     fastnorm_dtype dtype, int64_t rows, int64_t columns, const void *x, const void *weight,
     double eps, void *y, double *rstd, const fastnorm_options *options);
 
+/* Gradients of fastnorm_rms_norm. */
 FASTNORM_API fastnorm_status fastnorm_rms_norm_backward(
     fastnorm_dtype dtype, int64_t rows, int64_t columns, const void *dy, const void *x,
     const void *weight, const double *rstd, void *dx, void *dweight,
@@ -220,6 +227,7 @@ FASTNORM_API fastnorm_status fastnorm_rms_norm_backward(
  * Every other assignment computes too: a new norm is a new geometry.
  * ====================================================================================== */
 
+/* The sizes of the view; every product of them must fit the address space. */
 typedef struct fastnorm_geometry {
     int64_t b, o, g, k, i;
     /* Sets side by side: neighbouring values are those of s sets in turn, x[b][o][g][k][i][s], with
@@ -228,6 +236,7 @@ typedef struct fastnorm_geometry {
     int64_t s;
 } fastnorm_geometry;
 
+/* How the statistics are taken; or'ed. */
 typedef enum fastnorm_flags {
     FASTNORM_NO_MEAN = 1,     /* the mean is taken as 0, as RMS norm does */
     FASTNORM_GIVEN_STATISTICS = 2, /* forward: normalize with running_mean and running_var (b must
@@ -236,6 +245,7 @@ typedef enum fastnorm_flags {
                                  ONNX), not by the unbiased one (PyTorch) */
 } fastnorm_flags;
 
+/* What a forward reads and writes. Zeroed memory with struct_size set is a start. */
 typedef struct fastnorm_forward_args {
     size_t struct_size;  /* sizeof(fastnorm_forward_args) */
     int32_t dtype;       /* of x and y */
@@ -259,6 +269,7 @@ typedef struct fastnorm_forward_args {
     const uint8_t *mask;  /* [b][o][i][s], or NULL: see below */
 } fastnorm_forward_args;
 
+/* What a backward reads and writes. */
 typedef struct fastnorm_backward_args {
     size_t struct_size;  /* sizeof(fastnorm_backward_args) */
     int32_t dtype;       /* of dy, x and dx */

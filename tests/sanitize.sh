@@ -17,13 +17,9 @@ folder=build/$1
 # A third of the time to compile, and the same kernels: their loops are inlined at any level.
 FASTNORM_OPENMP=$openmp FASTNORM_CFLAGS="-O1 -g -fno-omit-frame-pointer $flags" \
     "${PYTHON:-python}" setup.py -q install_c --prefix="$folder" --build-temp="$folder/objects"
-# The instrumentation keeps the Python module code from being dropped. It is never called: its
-# names are defined as anything.
-nm -D --undefined-only "$folder/lib/libfastnorm.so" | sed -n 's/.* \(_\?Py[A-Za-z0-9_]*\)$/void *\1;/p' \
-    > "$folder/python.c"
 # shellcheck disable=SC2086
 for test in test_library test_attack; do
-    "${CC:-cc}" -std=gnu99 -g $flags "tests/$test.c" "$folder/python.c" -I"$folder/include" \
+    "${CC:-cc}" -std=gnu99 -g $flags "tests/$test.c" -I"$folder/include" \
         "$folder/lib/libfastnorm.so" -Wl,-rpath,"$PWD/$folder/lib" -lm -lpthread -o "$folder/$test"
     if [ "$1" = valgrind ]; then
         # Its random shapes go through every level, of which valgrind knows not all.

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,40 @@ def test_without_openmp_every_c_test_passes(prefix, kind, tmp_path):
             "-lpthread", "-o", program,
         )
         succeeds(program, env={"PATH": ""}, cwd="/")
+
+
+@needs("make", "objcopy")
+def test_sources_build_where_there_is_no_python(tmp_path):
+    succeeds(sys.executable, "setup.py", "-q", "dist_c", f"--dist-dir={tmp_path}", cwd=ROOT)
+    (archive,) = tmp_path.glob("fastnorm-c-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    folder = tmp_path / archive.name.removesuffix(".tar.gz")
+    for file in (folder / "src").iterdir():
+        assert not re.search(r"\bPy[A-Z_]|Python\.h|__pyx_m", file.read_text()), file.name
+    environment = {"PATH": os.environ["PATH"]}
+    make = ("make", "-j2", "OPENMP=", f"PREFIX={tmp_path / 'prefix'}")
+    assert "0 failed" in succeeds(*make, "check", cwd=folder, env=environment)
+    succeeds(*make, "install", cwd=folder, env=environment)
+    program = tmp_path / "embed"
+    succeeds(
+        CC, "-std=c99", *STRICT, EXAMPLES / "embed.c", f"-I{tmp_path / 'prefix/include'}",
+        tmp_path / "prefix/lib/libfastnorm.a", "-lm", "-lpthread", "-o", program,
+    )
+    succeeds(program)
+    assert "gomp" not in (tmp_path / "prefix/lib/pkgconfig/fastnorm.pc").read_text()
+
+
+@needs("doxygen")
+def test_manual_of_the_header(tmp_path):
+    """Without a warning, and with every public name."""
+    settings = (ROOT / "docs" / "Doxyfile").read_text() + f"OUTPUT_DIRECTORY = {tmp_path}\n"
+    succeeds("doxygen", "-", cwd=ROOT, input=settings)
+    page = (tmp_path / "html" / "fastnorm_8h.html").read_text()
+    for name in re.findall(
+        r"fastnorm_\w+", (ROOT / "fastnorm/kernels/libfastnorm.map").read_text()
+    ):
+        assert f">{name}</a>" in page, name
 
 
 @needs("pkg-config")
