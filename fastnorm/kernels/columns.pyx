@@ -269,19 +269,38 @@ cdef inline void map_down(
         dy = past(dy, vectors * WIDTH)
 
 
-cdef inline int64_t map_rows_down(
+cdef inline void map_part(const plan* p, int64_t row, int64_t c, int64_t n,
+                          const work* hi) noexcept nogil:
+    """Columns [c, c + n) of the row that starts at `row`."""
+    cdef const fn_task* t = p.task
+    map_row(<const stored*> t.x + row + c, past(<const stored*> t.dy, row + c),
+            <stored*> t.y + row + c, n, hi + c, hi + p.padded + c, hi + 2 * p.padded + c,
+            hi + 3 * p.padded + c, False)
+
+
+cdef inline void map_rows_down(
     const plan* p, int64_t at, int64_t rows, const work* hi, int vectors
 ) noexcept nogil:
+    """Rows of `vectors` vectors. Where y is streamed and does not start at a line, whole lines from
+    there on are rows too, with the coefficients turned by as much."""
     cdef const fn_task* t = p.task
-    cdef const stored* x = <const stored*> t.x + at
-    cdef stored* y = <stored*> t.y + at
-    cdef bint streaming = t.stream and until_aligned(y) == 0
-    if t.dy == NULL:
-        map_down(x, NULL, y, rows, hi, hi + p.padded, hi + 2 * p.padded, hi, streaming, vectors)
-    else:
-        map_down(x, <const stored*> t.dy + at, y, rows, hi, hi + p.padded, hi + 2 * p.padded,
+    cdef stored* y = <stored*> t.y
+    cdef bint streaming = t.stream and until_aligned(y + at) >= 0
+    cdef int64_t first = until_aligned(y + at) if streaming else 0, last = at + rows * p.width, c
+    cdef const stored* dy = past(<const stored*> t.dy, at + first)
+    cdef work turned[4][CHUNK * MOST_WIDTH]
+    if first == 0:
+        map_down(<const stored*> t.x + at, dy, y + at, rows, hi, hi + p.padded, hi + 2 * p.padded,
                  hi + 3 * p.padded, streaming, vectors)
-    return rows
+        return
+    first = first % p.width
+    for c in range(4):
+        memcpy(turned[c], hi + c * p.padded + first, (p.width - first) * sizeof(work))
+        memcpy(turned[c] + p.width - first, hi + c * p.padded, first * sizeof(work))
+    map_part(p, at, 0, first, hi)
+    map_down(<const stored*> t.x + at + first, dy, y + at + first, rows - 1, turned[0], turned[1],
+             turned[2], turned[3], True, vectors)
+    map_part(p, last - p.width, first, p.width - first, hi)
 
 
 cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) noexcept nogil:
@@ -292,9 +311,11 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) no
     cdef const work* shift = scale + p.padded
     cdef const work* dscale = shift + p.padded
     if p.width == 4 * WIDTH:
-        row += map_rows_down(p, at, stop - row, hi, 4)
-    elif p.width == 3 * WIDTH:
-        row += map_rows_down(p, at, stop - row, hi, 3)
+        map_rows_down(p, at, stop - row, hi, 4)
+        return
+    if p.width == 3 * WIDTH:
+        map_rows_down(p, at, stop - row, hi, 3)
+        return
     while c < p.width:
         n = minimum(STRIP, p.width - c)
         at = b * t.o * p.channels + row * p.width + c
