@@ -7,6 +7,7 @@ import sys
 def main(arguments=None):
     """Run one command; returns the exit status."""
     import fastnorm
+    from fastnorm.dtypes import TABLE
 
     parser = argparse.ArgumentParser(prog="fastnorm", description=fastnorm.__doc__)
     parser.add_argument("--version", action="version", version=f"fastnorm {fastnorm.__version__}")
@@ -53,7 +54,9 @@ def main(arguments=None):
         help="compile the Numba backend's kernels into its cache on disk",
         description="Compile every kernel of the Numba backend, so that no later call does.",
     )
-    warmup.add_argument("--dtype", choices=("float32", "float64"), help="default: both")
+    warmup.add_argument(
+        "--dtype", choices=[str(dtype) for dtype in TABLE], help="default: float32 and float64"
+    )
     warmup.set_defaults(run=_warmup)
     chosen = parser.parse_args(arguments)
     return chosen.run(chosen)

@@ -243,6 +243,7 @@ def test_errors():
         ({"residual": x}, "neither an activation nor a residual"),
         ({"ghost_size": 1}, "ghost_size"),
         ({"nan_policy": "skip"}, "nan_policy"),
+        ({"mask": np.ones((2, 8), bool)}, "neither mask nor lengths"),
     ):
         running = [cuda.to_device(np.ones(3, np.float32)) for _ in range(2)]
         refused(ValueError, ["on a GPU", text], norm, x, *running, training=True, **settings)

@@ -140,7 +140,11 @@ def test_without_openmp_every_c_test_passes(prefix, kind, tmp_path):
 
 
 @needs("make", "objcopy")
+@needs_cc
 def test_sources_build_where_there_is_no_python(tmp_path):
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no source here")
+    pytest.importorskip("Cython")
     succeeds(sys.executable, "setup.py", "-q", "dist_c", f"--dist-dir={tmp_path}", cwd=ROOT)
     (archive,) = tmp_path.glob("fastnorm-c-*.tar.gz")
     with tarfile.open(archive) as packed:
