@@ -19,8 +19,9 @@ last axis. In all of them:
     activation    applied last: None, "relu", "leaky_relu" (with negative_slope), "silu", or "gelu"
                   (approximate="none" or "tanh"), named as in torch.nn.functional
     mask, lengths which positions count: mask is an array of bool of shape (N, *spatial), True where
-                  one does (layer and RMS norm: of the shape of the axes that are not normalized),
-                  lengths, for one sequence axis, ints of shape (N,): the first so many count.
+                  one does (layer and RMS norm: of the shape of the axes that are not normalized;
+                  torch's key_padding_mask says the opposite), lengths, for one sequence axis, ints
+                  of shape (N,): the first so many count.
                   What is left out belongs to no statistic, running ones included, and to no
                   gradient, whatever it holds; every output is 0 there. A set in which nothing
                   counts has statistics of 0, rstd too. A backward is given the forward's. Not on
