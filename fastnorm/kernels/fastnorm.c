@@ -334,8 +334,9 @@ static void move_running(void *running, int32_t dtype, const double *batch, int 
                          double momentum, const fn_task *s)
 {
     int64_t sets = 0;
+    if (!running) return;
     for (int64_t b = 0; b < s->b; b++) sets += values_of(s, b) > 0;
-    for (int64_t g = 0; running && sets && g < s->g; g++) {
+    for (int64_t g = 0; sets && g < s->g; g++) {
         double mean = 0;
         for (int64_t b = 0; b < s->b; b++) {
             const double count = values_of(s, b);
