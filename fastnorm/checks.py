@@ -38,6 +38,11 @@ def seen(array, x):
 
 def check_input(name, x, what="x", least=1, like=None, on_gpu=True):
     """x, or a view of it where it is on a GPU."""
+    if type(x) is np.ndarray and x.dtype in TABLE and x.ndim >= least and (
+        like is None or (type(like) is np.ndarray and x.shape == like.shape
+                         and x.dtype == like.dtype)
+    ):
+        return x
     given = x
     if not isinstance(x, np.ndarray):
         x = device.view_of(x) if on_gpu else None
@@ -76,7 +81,10 @@ def channels_first(name, layout):
 
 
 def check_choice(name, what, value, *known):
-    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+    for one in known:
+        if value is one:
+            return
+    if not (isinstance(value, str) and value in known):
         expected = " or ".join(map(repr, known))
         raise ValueError(f"{name}: {what} is {value!r}, expected {expected}")
 
@@ -103,12 +111,14 @@ def _check_parameter(name, what, array, shape, x, why):
     raise ValueError(f"{name}: {what} has shape {view.shape}, expected {shape} = {why()}")
 
 
-def check_channels(name, x, layout, first, **parameters):
+def check_channels(name, x, layout, first, weight, bias, running_mean=None, running_var=None):
     """Every parameter has one value for each channel of x."""
     channels = x.shape[geometry.channel_axis(first)]
-    if _fits(channels, parameters.values()) and not isinstance(x, DeviceArray):
+    parameters = running_mean, running_var, weight, bias
+    if _fits(channels, parameters) and not isinstance(x, DeviceArray):
         return channels
-    for what, array in parameters.items():
+    names = "running_mean", "running_var", "weight", "bias"
+    for what, array in zip(names, parameters, strict=True):
 
         def why(array=array):
             told = f"channels of x {x.shape} with layout={layout!r}"
@@ -122,6 +132,8 @@ def check_channels(name, x, layout, first, **parameters):
 
 def check_trailing(name, x, shape, **parameters):
     """Every parameter has one value for each place of the trailing axes."""
+    if len(shape) == 1 and not isinstance(x, DeviceArray) and _fits(shape[0], parameters.values()):
+        return
     for what, array in parameters.items():
         _check_parameter(
             name, what, array, shape, x,

@@ -50,6 +50,8 @@ def check_threads(name, num_threads):
     """num_threads of a call as an int; None is the configured number."""
     if num_threads is None:
         return _num_threads
+    if type(num_threads) is int and 0 <= num_threads <= 1 << 16:
+        return num_threads
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
         raise TypeError(f"{name}: num_threads is {num_threads!r}, expected an int or None")
     if not 0 <= num_threads <= 1 << 16:

@@ -115,10 +115,7 @@ def batch_norm(
     name = "batch_norm"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(
-        name, x, layout, first, running_mean=running_mean, running_var=running_var, weight=weight,
-        bias=bias,
-    )
+    channels = check_channels(name, x, layout, first, weight, bias, running_mean, running_var)
     momentum = check_number(name, "momentum", momentum)
     check_choice(name, "convention", convention, "torch", "keras")
     check_choice(name, "statistics", statistics, None, "batch", "running")
@@ -258,7 +255,7 @@ def batch_norm_backward(
     name = "batch_norm_backward"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
+    channels = check_channels(name, x, layout, first, weight, bias)
     fused = check_fused(
         name, x, activation, negative_slope, approximate, residual, bias,
         valid=check_mask(name, x, mask, lengths, first),
@@ -364,7 +361,7 @@ def group_norm(
     name = "group_norm"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    check_channels(name, x, layout, first, weight=weight, bias=bias)
+    check_channels(name, x, layout, first, weight, bias)
     groups, shape_of = _groups(name, x, num_groups, first)
     return call.forward(
         name, x, out, first, shape_of, weight, bias, eps, (x.shape[0], groups), return_stats, 0,
@@ -394,7 +391,7 @@ def group_norm_backward(
     name = "group_norm_backward"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
+    channels = check_channels(name, x, layout, first, weight, bias)
     groups, shape_of = _groups(name, x, num_groups, first)
     fused = check_fused(
         name, x, activation, negative_slope, approximate, residual, bias,
@@ -436,10 +433,7 @@ def instance_norm(
     name = "instance_norm"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(
-        name, x, layout, first, running_mean=running_mean, running_var=running_var, weight=weight,
-        bias=bias,
-    )
+    channels = check_channels(name, x, layout, first, weight, bias, running_mean, running_var)
     momentum = check_number(name, "momentum", momentum)
     valid = check_mask(name, x, mask, lengths, first)
     fused = check_fused(name, x, activation, negative_slope, approximate, residual, valid=valid)
@@ -486,7 +480,7 @@ def instance_norm_backward(
         )
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
-    channels = check_channels(name, x, layout, first, weight=weight, bias=bias)
+    channels = check_channels(name, x, layout, first, weight, bias)
     fused = check_fused(
         name, x, activation, negative_slope, approximate, residual, bias,
         valid=check_mask(name, x, mask, lengths, first),

@@ -12,6 +12,8 @@ from fastnorm.dtypes import TABLE
 
 def _normalized_shape(name, x, normalized_shape, axis):
     """(shape, statistics' shape, channel_order, shape_of) of the axes that are normalized."""
+    if axis is None and type(normalized_shape) is int and x.shape[-1:] == (normalized_shape,):
+        return (normalized_shape,), x.shape[:-1], None, _last_axis
     try:
         if hasattr(normalized_shape, "__index__"):
             shape = (int(normalized_shape),)
@@ -38,6 +40,10 @@ def _normalized_shape(name, x, normalized_shape, axis):
             geometry.across(view_shape, 1, 2) if first else geometry.rows(view_shape, 1)
         )
     return shape, others, None, lambda view_shape, _: geometry.across(view_shape, start, stop)
+
+
+def _last_axis(view_shape, _):
+    return geometry.rows(view_shape, 1)
 
 
 def _first_axis(name, x, axis, count):

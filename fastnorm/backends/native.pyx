@@ -157,6 +157,17 @@ def fits(int64_t size, arrays):
     return True
 
 
+def holds(array, tuple shape):
+    """Whether it is a contiguous ndarray of float64 of this shape. A quick yes, as plain."""
+    cdef int axis
+    if not simple(array, cnp.NPY_FLOAT64) or cnp.PyArray_NDIM(<cnp.ndarray> array) != len(shape):
+        return False
+    for axis in range(cnp.PyArray_NDIM(<cnp.ndarray> array)):
+        if cnp.PyArray_DIM(<cnp.ndarray> array, axis) != shape[axis]:
+            return False
+    return True
+
+
 cdef void load_geometry(fastnorm_geometry* into, geometry) except *:
     into.b, into.o, into.g, into.k, into.i, into.s = geometry
 

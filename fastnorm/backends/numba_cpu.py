@@ -91,8 +91,10 @@ def _last_level_bytes():
 
 
 def _streaming(moved, into, *read):
-    """1 where outputs pass the caches by: they would not stay there, nor are they read again."""
-    return int(moved > _last_level_bytes() and all(into.ctypes.data != a.ctypes.data for a in read))
+    """1 where outputs pass the caches by: they would not stay there, nor are they read again. From
+    how large on was measured for the native kernels."""
+    large = moved > _last_level_bytes() // 8 * 5
+    return int(large and all(into.ctypes.data != a.ctypes.data for a in read))
 
 
 # Sets across are computed as rows of a transposed copy: two more passes over memory each way.

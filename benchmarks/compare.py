@@ -1,0 +1,153 @@
+"""Compare builds of libfastnorm cell by cell, in turn in one process: how a change is measured.
+
+python benchmarks/compare.py old/libfastnorm.so new/libfastnorm.so --only "layer"
+
+A library may carry settings that it reads when it is loaded: FASTNORM_ISA=v3:libfastnorm.so. Each
+is copied, so that one file can be compared with itself under another setting. Calls are C's, with a
+workspace; shown is time over the memory floor, then each library's time over the first one's.
+"""
+
+import argparse
+import ctypes
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from fastnorm import geometry
+from fastnorm.bench import cells, contenders
+from fastnorm.bench.run import floors, mean_ratio, measure
+
+DTYPES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
+NO_MEAN, GIVEN = 1, 2
+
+
+def structure(name, fields):
+    kinds = {"i": ctypes.c_int32, "q": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
+    named = [(field[2:], kinds[field[0]]) for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": named})
+
+
+# The structs of fastnorm.h.
+Geometry = structure("Geometry", "q:b q:o q:g q:k q:i q:s")
+Options = structure("Options", "q:struct_size i:num_threads i:isa p:workspace q:workspace_size "
+                    "p:parallel_for p:user")
+Forward = structure(
+    "Forward", "q:struct_size i:dtype i:param_dtype i:flags i:activation d:slope d:eps d:momentum "
+    "p:x p:y p:weight p:bias p:running_mean p:running_var p:mean p:var p:rstd p:residual p:sum "
+    "p:mask")
+Backward = structure(
+    "Backward", "q:struct_size i:dtype i:param_dtype i:flags i:activation d:slope p:dy p:x "
+    "p:weight p:mean p:rstd p:dx p:dweight p:dbias p:bias p:residual p:dresidual p:dsum p:mask")
+
+
+def pointer(array):
+    return None if array is None else array.ctypes.data
+
+
+def view(cell):
+    """The geometry of a cell."""
+    n, c, *spatial = cell.shape
+    if cell.op in ("layer", "rms"):
+        return geometry.rows(cell.shape, 1)
+    first = cell.layout != "NHWC"
+    shape = cell.shape if first else (n, *spatial, c)
+    if cell.op in ("group", "instance"):
+        return geometry.group(shape, first, cell.groups or c)
+    return geometry.batch(shape, first)
+
+
+def call_of(library, problem):
+    """A call of this library that fills problem.out."""
+    p, cell, at = problem, problem.cell, view(problem.cell)
+    shape = Geometry(*at)
+    stats = [np.ones(at.b * at.g * at.s) for _ in range(3)]
+    work = ctypes.c_size_t()
+    dtype = DTYPES[p.x.dtype.name]
+    library.fastnorm_workspace_size(ctypes.byref(shape), dtype, ctypes.byref(work))
+    space = contenders.aligned((work.value,), np.uint8)
+    options = Options(ctypes.sizeof(Options), p.threads, 0, pointer(space), work.value)
+    activation = {None: 0, "relu": 1, "silu": 3}[p.activation]
+    given = cell.op == "batch_eval"
+    flags = NO_MEAN if cell.op == "rms" else GIVEN if given else 0
+    weight, bias = p.weight, None if cell.op == "rms" else p.bias
+    forward = Forward(
+        ctypes.sizeof(Forward), dtype, 0, flags, activation, 0, 1e-5, 0.1, pointer(p.x),
+        pointer(p.out), pointer(weight), pointer(bias), pointer(p.mean) if given else None,
+        pointer(p.var) if given else None, *map(pointer, stats), pointer(p.residual),
+        pointer(p.sum), None)
+    function, args = library.fastnorm_forward, forward
+    if cell.backward:
+        run(function, shape, args, options)
+        gradients = [np.empty_like(p.weight) for _ in range(2)]
+        function, args = library.fastnorm_backward, Backward(
+            ctypes.sizeof(Backward), dtype, 0, flags, activation, 0, pointer(p.dy), pointer(p.x),
+            pointer(weight), pointer(stats[0]), pointer(stats[2]), pointer(p.out),
+            *map(pointer, gradients), pointer(bias), pointer(p.residual), None, None, None)
+        stats.extend(gradients)
+    references = (shape, args, options, stats, space)
+    arguments = [ctypes.byref(one) for one in references[:3]]
+
+    def call(keep=references):
+        return function(*arguments)
+
+    run(function, *references[:3])
+    return call
+
+
+def run(function, *arguments):
+    status = function(*map(ctypes.byref, arguments))
+    if status:
+        raise SystemExit(f"fastnorm status {status}")
+
+
+def load(name, folder, number):
+    """A library under the settings in front of its path."""
+    *settings, path = name.split(":")
+    copy = shutil.copy(path, Path(folder) / f"{number}.so")
+    before = dict(os.environ)
+    os.environ.update(setting.split("=") for setting in settings)
+    try:
+        return ctypes.CDLL(str(copy))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("library", nargs="+")
+    parser.add_argument("--only", default="", help="cells whose name holds this")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each cell")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = [load(name, folder, at) for at, name in enumerate(options.library)]
+    if options.dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    else:
+        dtype = np.dtype(options.dtype).type
+    against = [[] for _ in libraries]
+    for cell in cells.cells():
+        if options.only not in str(cell):
+            continue
+        problem = contenders.Problem(cell, options.threads, dtype)
+        calls = {str(at): call_of(one, problem) for at, one in enumerate(libraries)}
+        times = measure(floors(problem) | calls, options.seconds)
+        floor = min(times["floor plain"], times["floor streaming"])
+        seconds = [times[name] for name in calls]
+        for ratios, took in zip(against, seconds, strict=True):
+            ratios.append(took / seconds[0])
+        over = " ".join(f"{took / floor:7.2f}" for took in seconds)
+        change = " ".join(f"{took / seconds[0]:6.2f}" for took in seconds[1:])
+        print(f"{cell!s:38} {floor * 1e6:9.1f} us {over}  | {change}", flush=True)
+    print("over the first, geometric mean:", *(f"{mean_ratio(r):.3f}" for r in against[1:]))
+
+
+if __name__ == "__main__":
+    main()
