@@ -404,24 +404,23 @@ cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
     cdef work* about = coefficients_of(p, b)
-    cdef double* total = sums_of(p, b, 0)
     cdef const stored* sampled
     cdef int64_t c, j, count = minimum(p.rows, minimum(2 * SAMPLES, maximum(4, p.rows // 8)))
-    cdef double inverse = 1.0 / <double> count
+    cdef work inverse = <work> (1.0 / <double> count)
     if t.mask != NULL:
         sample_valid_columns(p, b, c0, c1)
         return
     for c in range(c0, c1):
-        total[c] = 0
-    if t.has_mean:
-        for j in range(1, count):
-            sampled = x + j * p.rows // count * p.width
-            for c in range(c0, c1):
-                total[c] = total[c] + (<double> widen(sampled[c]) - <double> widen(x[c]))
+        about[c] = 0
+    if not t.has_mean:
+        return
+    for j in range(1, count):
+        sampled = x + j * p.rows // count * p.width
         for c in range(c0, c1):
-            total[c] = <double> widen(x[c]) + total[c] * inverse
+            about[c] = about[c] + (widen(sampled[c]) - widen(x[c]))
     for c in range(c0, c1):
-        about[c] = on_grid(<work> total[c]) if fabs(total[c]) < 1e37 else <work> 0
+        about[c] = widen(x[c]) + about[c] * inverse
+        about[c] = on_grid(about[c]) if fabs(<double> about[c]) < 1e37 else <work> 0
 
 
 cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
@@ -440,39 +439,68 @@ cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
         sums[1] += d * d
 
 
-cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    """Turn the merged sums of each column into its mean and its sum of squares about it."""
-    cdef const fn_task* t = p.task
+cdef void exact_moments(const plan* p, int64_t b, int64_t c, double count, double* sums,
+                        double* squares) noexcept nogil:
+    """The mean of a column and its sum of squares about it, in double: two more reads of it."""
+    cdef double again[2]
+    cdef double mean = 0
+    if p.task.has_mean:
+        exact_column(p, b, c, coefficients_of(p, b)[c], again)
+        mean = coefficients_of(p, b)[c] + again[0] / count
+    exact_column(p, b, c, mean, again)
+    if not p.task.has_mean:
+        again[0] = 0
+    sums[0] = mean + again[0] / count
+    squares[0] = again[1] - again[0] * again[0] / count
+
+
+cdef inline void equal_moments(const plan* p, int64_t b, int64_t c0, int64_t c1,
+                               int64_t rows) noexcept nogil:
+    """column_moments of columns with as many rows: loops of vectors where no column cancels."""
     cdef const work* about = coefficients_of(p, b)
     cdef double* s = sums_of(p, b, 0)
     cdef double* q = s + p.width
-    cdef double again[2]
+    cdef double count = <double> rows, inverse = 1.0 / count, mean
+    cdef int64_t c, again = 0
+    for c in range(c0, c1):
+        again += cancels(s[c], q[c], count)
+    if again == 0:
+        for c in range(c0, c1):
+            mean = s[c] * inverse
+            s[c] = about[c] + mean
+            q[c] = q[c] - mean * mean * count
+        return
+    for c in range(c0, c1):
+        if cancels(s[c], q[c], count):
+            exact_moments(p, b, c, count, s + c, q + c)
+        else:
+            mean = s[c] * inverse
+            s[c] = about[c] + mean
+            q[c] = q[c] - mean * mean * count
+
+
+cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
+    """Turn the merged sums of each column into its mean and its sum of squares about it."""
+    cdef const work* about = coefficients_of(p, b)
+    cdef double* s = sums_of(p, b, 0)
+    cdef double* q = s + p.width
     cdef double count, mean
-    cdef double whole = 1.0 / <double> p.rows, and_one = 1.0 / <double> (p.rows + 1)
-    cdef int64_t c
+    cdef int64_t c, longer = minimum(c1, maximum(c0, p.rest))
+    if not p.task.has_mean:
+        memset(s + c0, 0, (c1 - c0) * sizeof(double))
+    if p.task.mask == NULL:
+        equal_moments(p, b, c0, longer, p.rows + 1)
+        equal_moments(p, b, longer, c1, p.rows)
+        return
     for c in range(c0, c1):
         count = <double> count_of(p, b, c)
         if count == 0:
             s[c] = q[c] = 0
-            continue
-        if not t.has_mean:
-            s[c] = 0
-        if cancels(s[c], q[c], count):
-            mean = 0
-            if t.has_mean:
-                exact_column(p, b, c, about[c], again)
-                mean = about[c] + again[0] / count
-            exact_column(p, b, c, mean, again)
-            if not t.has_mean:
-                again[0] = 0
-            s[c] = mean + again[0] / count
-            q[c] = again[1] - again[0] * again[0] / count
+        elif cancels(s[c], q[c], count):
+            exact_moments(p, b, c, count, s + c, q + c)
         else:
-            if t.mask != NULL:
-                mean = s[c] / count
-            else:
-                mean = s[c] * (and_one if c < p.rest else whole)
-            s[c] = about[c] + mean if t.has_mean else 0
+            mean = s[c] / count
+            s[c] = about[c] + mean
             q[c] = q[c] - mean * mean * count
 
 

@@ -100,8 +100,13 @@ static int most_threads(const fn_task *task, int64_t n)
 
 static void run_crew(int threads, int64_t n, fn_body body, void *context, int backwards)
 {
-    crew work = {.n = n, .threads = threads, .backwards = backwards, .body = body,
-                 .context = context};
+    crew work;
+    work.n = n;
+    work.threads = threads;
+    work.backwards = backwards;
+    work.body = body;
+    work.context = context;
+    for (int thread = 0; thread < threads; thread++) work.shares[thread].taken = 0;
 #if defined(_OPENMP) && !defined(FASTNORM_PTHREADS)
 #pragma omp parallel num_threads(threads)
     work_from(&work, omp_get_thread_num());

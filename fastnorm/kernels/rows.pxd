@@ -27,8 +27,7 @@ cdef enum:
     SHORT_RUN = 256  # values in a run, below which sets are summed and mapped as slabs
     GIVEN_SHORT_RUN = 100  # or only mapped
     SHORT = 1024  # values in a run, below which the next one is not foreseen
-    ROWS = 8  # rows with a weight for each place that are summed before the first is mapped,
-    ELEMENTS = 4096  # but in a forward no more values than this, or than fit a cache
+    ELEMENTS = 4096  # values of ROWS rows, or what fits a cache: more are not summed together
     STRIP = 1024  # columns whose weights and sums stay in the first-level cache
 
 
@@ -37,7 +36,7 @@ cdef struct plan:
     int64_t sets
     int64_t n  # values in a contiguous run: k*i, of one channel in a backward: i
     int64_t stride  # from one run of a set to the next
-    double inverse  # 1 / (o*n)
+    double inverse  # 1 / (o*k*i)
     int64_t pieces  # of a run, where it is longer than a tile
     int64_t piece  # values in one
     int64_t tile_runs  # runs in a tile, where they are shorter
@@ -56,6 +55,11 @@ cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
             and 1 < t.i < (GIVEN_SHORT_RUN if t.given and t.dy == NULL else SHORT_RUN))
 
 
+cdef inline bint brief(const plan* p) noexcept nogil:
+    """Whether runs are so short that those of ROWS sets or channels are summed before one fold."""
+    return p.task.o == 1 and p.n <= SHORT_RUN and p.task.mask == NULL
+
+
 cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     """Cut sets whose contiguous runs have n values into tiles and blocks."""
     cdef int64_t bytes = t.o * t.k * t.i * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
@@ -63,15 +67,20 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     p.sets = t.b * t.g
     p.n = n
     p.stride = t.g * t.k * t.i
-    p.inverse = 1.0 / <double> (t.o * n)
+    p.inverse = 1.0 / <double> (t.o * t.k * t.i)
     p.pieces = ceil_div(n, TILE)
     p.piece = ceil_div(ceil_div(n, p.pieces), LANES) * LANES
     p.pieces = ceil_div(n, p.piece)
     p.tile_runs = maximum(1, TILE // n) if p.pieces == 1 else 1
     p.tiles = ceil_div(t.o, p.tile_runs) * p.pieces
     if t.o == 1:
-        p.block = maximum(1, TILE // 4 // (t.k * t.i))
+        # As many blocks for every thread.
+        p.block = ceil_div(p.sets, maximum(1, TILE // 4 // (t.k * t.i)))
+        p.block = ceil_div(p.block, maximum(1, t.threads)) * maximum(1, t.threads)
+        p.block = ceil_div(p.sets, p.block)
         p.group = 1
+        if brief(p):
+            p.group = maximum(1, minimum(ceil_div(ROWS, t.k), t.l2 // 4 // bytes))
     else:
         # Half the cache for what is under way, half for what map_run asks for.
         p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
@@ -175,8 +184,8 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
     cdef int64_t row = 0, stop, count, s
     memset(sums, 0, 2 * sets * sizeof(double))
     while row < p.task.o:
-        memset(w.s, 0, sizeof(w.s))
-        memset(w.q, 0, sizeof(w.q))
+        memset(w.s, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
+        memset(w.q, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
         stop = minimum(p.task.o, row + RUN)
         while row < stop:
             count = minimum(STEP, stop - row)

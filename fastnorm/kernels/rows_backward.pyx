@@ -24,13 +24,17 @@ cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept 
     c.offset = <work> (-c.lo * c.rstd)
 
 
-cdef inline void finish_terms(const fn_task* t, int64_t set_, double gy, double gyd, terms* c,
+cdef inline void finish_terms(const plan* p, int64_t set_, double gy, double gyd, terms* c,
                               bint masked) noexcept nogil:
     """From the sums over the set of gy and of gy*(x - hi)."""
-    cdef double count = values_of(t, set_ // t.g) if masked else <double> (t.o * t.k * t.i)
-    cdef double m1 = gy / count if t.has_mean else 0
-    cdef double m2 = c.rstd * (gyd - c.lo * gy) / count
-    if t.given or (masked and count == 0):
+    cdef const fn_task* t = p.task
+    cdef double inverse = p.inverse, count, m1, m2
+    if masked:
+        count = values_of(t, set_ // t.g)
+        inverse = 1.0 / count if count > 0 else 0
+    m1 = gy * inverse if t.has_mean else 0
+    m2 = c.rstd * (gyd - c.lo * gy) * inverse
+    if t.given or (masked and inverse == 0):
         m1 = m2 = 0
     c.scale = <work> (-c.rstd * c.rstd * m2)
     c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
@@ -75,10 +79,8 @@ cdef inline void map_channel(const plan* p, int64_t start, int64_t channel, int6
         map_valid(t, at, p1 - p0, c.hi, c.scale, c.shift, dscale)
 
 
-cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const double* sums,
-                             const terms* c, double* dweight, double* dbias,
-                             double* over_set) noexcept nogil:
-    cdef int64_t channel = set_ % p.task.g * p.task.k + k
+cdef inline void add_channel(const plan* p, int64_t channel, const double* sums, const terms* c,
+                             double* dweight, double* dbias, double* over_set) noexcept nogil:
     cdef double weight = <double> (<const work*> p.task.weight)[channel]
     over_set[0] += weight * sums[0]
     over_set[1] += weight * sums[1]
@@ -86,13 +88,74 @@ cdef inline void add_channel(const plan* p, int64_t set_, int64_t k, const doubl
     dbias[channel] += sums[0]
 
 
+cdef inline void sum_sets(const plan* p, int64_t first, int64_t sets, const terms* c,
+                          double* dweight, double* dbias, double* over_sets,
+                          bint masked) noexcept nogil:
+    """The sums of neighbouring sets; over_sets gets those that their terms are finished with."""
+    cdef double sums[2]
+    cdef double over_set[2]
+    cdef int64_t s, k, tile, channel = first % p.task.g * p.task.k
+    for s in range(sets):
+        over_set[0] = over_set[1] = 0
+        for k in range(p.task.k):
+            sums[0] = sums[1] = 0
+            for tile in range(p.tiles):
+                sum_channel(p, first + s, k, tile, c[s].hi, sums, masked)
+            add_channel(p, channel, sums, &c[s], dweight, dbias, over_set)
+            channel += 1
+        memcpy(over_sets + 2 * s, over_set, sizeof(over_set))
+
+
+cdef inline void sum_brief(const plan* p, int64_t first, int64_t sets, const terms* c,
+                           double* dweight, double* dbias, double* over_sets) noexcept nogil:
+    """sum_sets of short runs, which lie one behind the other."""
+    cdef const fn_task* t = p.task
+    cdef const stored* x = <const stored*> t.x + set_start(t, first)
+    cdef const stored* dy = <const stored*> t.dy + set_start(t, first)
+    cdef double s[ROWS]
+    cdef double q[ROWS]
+    cdef double sums[2]
+    cdef double over_set[2]
+    cdef vec lanes_s[ROWS * VECTORS]
+    cdef vec lanes_q[ROWS * VECTORS]
+    cdef int64_t runs = sets * t.k, done = 0, rows, r, set_ = 0, k = 0, summed = 0, at = 0
+    cdef int64_t channel = first % t.g * t.k
+    over_set[0] = over_set[1] = 0
+    while done < runs:
+        rows = minimum(ROWS, runs - done)
+        for r in range(rows):
+            if t.upstream != NULL:
+                deactivate_channel(p, first + summed, at, set_start(t, first + summed) + at * t.i,
+                                   1, t.i)
+            sum_short(x, dy, NULL, t.i, c[summed].hi, lanes_s + r * VECTORS, lanes_q + r * VECTORS)
+            x += t.i
+            dy += t.i
+            at += 1
+            if at == t.k:
+                at = 0
+                summed += 1
+        fold_rows(lanes_s, rows, s)
+        fold_rows(lanes_q, rows, q)
+        for r in range(rows):
+            sums[0] = s[r]
+            sums[1] = q[r]
+            add_channel(p, channel + done + r, sums, &c[set_], dweight, dbias, over_set)
+            k += 1
+            if k == t.k:
+                memcpy(over_sets + 2 * set_, over_set, sizeof(over_set))
+                over_set[0] = over_set[1] = 0
+                k = 0
+                set_ += 1
+        done += rows
+
+
 cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) noexcept nogil:
     """Blocks of groups, for a part of b."""
     cdef const fn_task* t = p.task
     cdef terms c[BLOCK]
-    cdef double sums[2]
-    cdef double over_set[2]
-    cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, k, _k, tile, r
+    cdef double over_sets[2 * BLOCK]
+    cdef double* over_set
+    cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, _k, r
     cdef int64_t start, channel, ahead
     cdef double* dweight = p.partial + 2 * b_tile * t.g * t.k
     for b in range(b_tile * t.b // p.b_tiles, (b_tile + 1) * t.b // p.b_tiles):
@@ -109,13 +172,13 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
                 fetch_group(p, t.residual, set_, stop - set_)
             for s in range(set_, stop):
                 start_terms(t, s, &c[s - set_])
-                over_set[0] = over_set[1] = 0
-                for k in range(t.k):
-                    sums[0] = sums[1] = 0
-                    for tile in range(p.tiles):
-                        sum_channel(p, s, k, tile, c[s - set_].hi, sums, masked)
-                    add_channel(p, s, k, sums, &c[s - set_], dweight, dweight + t.g * t.k, over_set)
-                finish_terms(t, s, over_set[0], over_set[1], &c[s - set_], masked)
+            if brief(p):
+                sum_brief(p, set_, stop - set_, c, dweight, dweight + t.g * t.k, over_sets)
+            else:
+                sum_sets(p, set_, stop - set_, c, dweight, dweight + t.g * t.k, over_sets, masked)
+            for s in range(set_, stop):
+                over_set = over_sets + 2 * (s - set_)
+                finish_terms(p, s, over_set[0], over_set[1], &c[s - set_], masked)
             for r in range(t.o):
                 start = set_start(t, set_) + r * p.stride
                 channel = set_ % t.g * t.k
@@ -164,8 +227,8 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
                   &w, sums)
         for s in range(sets):
             over_set[0] = over_set[1] = 0
-            add_channel(p, first + s, 0, sums + 2 * s, &c[s], p.partial, p.partial + t.g, over_set)
-            finish_terms(t, first + s, over_set[0], over_set[1], &c[s], False)
+            add_channel(p, first + s, sums + 2 * s, &c[s], p.partial, p.partial + t.g, over_set)
+            finish_terms(p, first + s, over_set[0], over_set[1], &c[s], False)
             fill(w.s + s * p.n, p.n, c[s].scale)
             fill(w.q + s * p.n, p.n, c[s].shift)
             fill(w.d + s * p.n, p.n, <work> (
@@ -278,7 +341,7 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
                           <const work*> t.bias + g * t.k)
             sums[0] = sums[1] = 0
             sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
-            finish_terms(t, (b + r) * t.g + g, sums[0], sums[1], &c[r], False)
+            finish_terms(p, (b + r) * t.g + g, sums[0], sums[1], &c[r], False)
         ahead = group * size if t.stream and b + rows < end else 0
         k = 0
         while k < t.k:
@@ -334,7 +397,7 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     unit_bounds(p, index, &set_, &k0, &k1, &tile)
     over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
     start_terms(t, set_, &c)
-    finish_terms(t, set_, over_set[0], over_set[1], &c, t.mask != NULL)
+    finish_terms(p, set_, over_set[0], over_set[1], &c, t.mask != NULL)
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
         for k in range(k0, k1):
@@ -362,7 +425,7 @@ cdef void backward_split(plan* p) noexcept nogil:
                 sums[0] += part[0]
                 sums[1] += part[1]
                 part += 2
-            add_channel(p, set_, k, sums, &c, t.dweight, t.dbias, over_set)
+            add_channel(p, set_ % t.g * t.k + k, sums, &c, t.dweight, t.dbias, over_set)
     fn_parallel_for(t, units, backward_tile_map, p, True)
 
 

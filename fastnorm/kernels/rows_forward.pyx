@@ -211,19 +211,45 @@ cdef void leave_row(const fn_task* t, int64_t set_) noexcept nogil:
         t.rstd[set_] = 0
 
 
-cdef inline void normalize_elements(const plan* p, int64_t index, bint masked) noexcept nogil:
-    """normalize_block for o == 1 and i == 1, rows with a weight for each place: a few rows at a
-    time, so that divisions and roots of one row do not wait for those of the one before."""
+cdef inline void map_set(const fn_task* t, int64_t set_, double mean, double rstd,
+                         int64_t ahead) noexcept nogil:
+    """Normalize a set that is one run."""
+    cdef int64_t at = set_ * t.k * t.i
+    cdef affine c
+    if t.k > 1:
+        map_piece(t, set_, 0, 0, t.k * t.i, mean, rstd, ahead)
+        return
+    c = affine_of(t, set_ % t.g, mean, rstd)
+    if t.fused:
+        map_fused(t, at, t.i, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+    else:
+        map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, t.i, c.hi, c.scale, c.shift, 0,
+                t.stream, ahead)
+
+
+cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexcept nogil:
+    """normalize_block for o == 1, where a set is one run: short ones ROWS at a time, so that folds,
+    divisions and roots are those of vectors."""
     cdef const fn_task* t = p.task
     cdef work about[ROWS]
-    cdef double sums[2 * ROWS]
+    cdef double s[ROWS]
+    cdef double q[ROWS]
     cdef double mean[ROWS]
     cdef double var[ROWS]
-    cdef double s, count = <double> t.k
+    cdef double rstd[ROWS]
+    cdef vec lanes_s[ROWS * VECTORS]
+    cdef vec lanes_q[ROWS * VECTORS]
+    cdef double sums[2]
+    cdef double count = <double> p.n, inverse = p.inverse, eps = t.eps
     cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), r, rows, g
-    cdef int64_t group = minimum(4, t.l2 // 4 // (t.k * <int64_t> sizeof(stored))), ahead, k, n
+    cdef int64_t group = minimum(4, t.l2 // 4 // (p.n * <int64_t> sizeof(stored))), ahead, k, n
+    cdef int again
+    cdef bint brief = p.n <= FLUSH * LANES
     cdef const stored* x
-    group = maximum(1, minimum(ROWS, maximum(group, ELEMENTS // t.k)))
+    group = maximum(1, minimum(ROWS, maximum(group, ELEMENTS // p.n)))
+    memset(about, 0, sizeof(about))
+    memset(s, 0, sizeof(s))
+    memset(q, 0, sizeof(q))
     while set_ < end:
         rows = minimum(group, end - set_)
         if masked:
@@ -232,46 +258,64 @@ cdef inline void normalize_elements(const plan* p, int64_t index, bint masked) n
                 set_ += 1
                 continue
             rows = valid_rows(t, set_, rows) if t.g == 1 else 1
-        x = <const stored*> t.x + set_ * t.k
+        x = <const stored*> t.x + set_ * p.n
         for r in range(rows):
             if t.terms[0] != NULL:
-                add_terms(t, (set_ + r) * t.k, t.k)
-            about[r] = spread_sample(x + r * t.k, 1, 0, t.k) if t.has_mean else <work> 0
-            sums[2 * r] = sums[2 * r + 1] = 0
-            sum_runs(x + r * t.k, NULL, NULL, 1, 0, t.k, about[r], sums + 2 * r)
-        for r in range(rows):
-            s = sums[2 * r] if t.has_mean else 0
-            if cancels(s, sums[2 * r + 1], count):
-                exact_statistics(p, set_ + r, about[r], &mean[r], &var[r])
+                add_terms(t, (set_ + r) * p.n, p.n)
+            if t.has_mean:
+                about[r] = spread_sample(x + r * p.n, 1, 0, p.n)
+            if brief:
+                sum_short(x + r * p.n, NULL, NULL, p.n, about[r], lanes_s + r * VECTORS,
+                          lanes_q + r * VECTORS)
             else:
-                mean[r] = about[r] + s * p.inverse
-                var[r] = (sums[2 * r + 1] - s * s * p.inverse) * p.inverse
+                sums[0] = sums[1] = 0
+                sum_runs(x + r * p.n, NULL, NULL, 1, 0, p.n, about[r], sums)
+                s[r] = sums[0]
+                q[r] = sums[1]
+        if brief:
+            fold_rows(lanes_s, rows, s)
+            fold_rows(lanes_q, rows, q)
+        if not t.has_mean:
+            memset(s, 0, sizeof(s))
+        again = 0
+        for r in range(rows):
+            again |= cancels(s[r], q[r], count) << r
+        for r in range(ROWS):
+            mean[r] = <double> about[r] + s[r] * inverse
+            var[r] = (q[r] - s[r] * s[r] * inverse) * inverse
+        if again:
+            for r in range(rows):
+                if again >> r & 1:
+                    exact_statistics(p, set_ + r, about[r], &mean[r], &var[r])
+        for r in range(ROWS):
+            rstd[r] = 1.0 / sqrt(var[r] + eps)
         if t.mean != NULL:
             memcpy(t.mean + set_, mean, rows * sizeof(double))
         if t.var != NULL:
             memcpy(t.var + set_, var, rows * sizeof(double))
-        for r in range(rows):
-            var[r] = 1.0 / sqrt(var[r] + t.eps)
         if t.rstd != NULL:
-            memcpy(t.rstd + set_, var, rows * sizeof(double))
-        ahead = group * t.k if t.stream and set_ + rows < end else 0
-        k = 0
+            memcpy(t.rstd + set_, rstd, rows * sizeof(double))
+        ahead = group * p.n if t.stream and set_ + rows < end else 0
+        if t.i > 1:
+            for r in range(rows):
+                map_set(t, set_ + r, mean[r], rstd[r], ahead)
+        k = 0 if t.i == 1 else t.k
         while k < t.k:
             n = minimum(STRIP, t.k - k)
             for r in range(rows):
                 g = (set_ + r) % t.g * t.k + k if t.g > 1 else k
-                map_elements(t, (set_ + r) * t.k + k, g, n, mean[r], var[r], ahead)
+                map_elements(t, (set_ + r) * t.k + k, g, n, mean[r], rstd[r], ahead)
             k += n
         set_ += rows
     if t.stream:
         stream_end()
 
 
-cdef void forward_elements(void* context, int64_t index) noexcept nogil:
+cdef void forward_few(void* context, int64_t index) noexcept nogil:
     if (<const plan*> context).task.mask == NULL:
-        normalize_elements(<const plan*> context, index, False)
+        normalize_few(<const plan*> context, index, False)
     else:
-        normalize_elements(<const plan*> context, index, True)
+        normalize_few(<const plan*> context, index, True)
 
 
 cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
@@ -371,7 +415,7 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
             finish_set(&p, set_, sample(&p, set_, t.mask != NULL), sums, found, found + 1,
                        t.mask != NULL)
         fn_parallel_for(t, p.sets * p.tiles, forward_tile_map, &p, True)
-    elif t.o == 1 and t.i == 1:
-        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_elements, &p, False)
+    elif t.o == 1 and (t.i == 1 or t.mask == NULL):
+        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_few, &p, False)
     else:
         fn_parallel_for(t, ceil_div(p.sets, p.block), forward_block, &p, False)

@@ -376,6 +376,36 @@ static inline double fold_lanes(const vec *lanes, const double *total)
     return (low[0] + low[2]) + (low[1] + low[3]);
 }
 
+enum { FN_ROWS = 8 };
+
+/* fold_lanes of up to FN_ROWS sets at once, one behind the other; 0 for those not there. */
+static inline void fold_rows(const vec *lanes, int64_t rows, double *sums)
+{
+#if defined(__AVX512F__)
+    /* The same additions, with the rows side by side: a row's fold alone is mostly waiting. */
+    __m512d v[FN_ROWS];
+    for (int r = 0; r < FN_ROWS; r++) {
+        eight part[FN_LANES / 8];
+        v[r] = _mm512_setzero_pd();
+        if (r >= rows) continue;
+        for (int at = 0; at < FN_LANES / 8; at++)
+            widen_lanes(&part[at], lanes + r * VECTORS, at);
+        v[r] = (__m512d)((part[0] + part[2]) + (part[1] + part[3]));
+    }
+    for (int r = 0; r < 4; r++)
+        v[r] = _mm512_add_pd(_mm512_shuffle_f64x2(v[r], v[r + 4], 0x44),
+                             _mm512_shuffle_f64x2(v[r], v[r + 4], 0xee));
+    for (int r = 0; r < 2; r++)
+        v[r] = _mm512_add_pd(_mm512_shuffle_f64x2(v[r], v[r + 2], 0x88),
+                             _mm512_shuffle_f64x2(v[r], v[r + 2], 0xdd));
+    v[0] = _mm512_add_pd(_mm512_unpacklo_pd(v[0], v[1]), _mm512_unpackhi_pd(v[0], v[1]));
+    _mm512_storeu_pd(sums, _mm512_shuffle_f64x2(v[0], v[0], 0xd8));
+#else
+    for (int64_t r = 0; r < FN_ROWS; r++)
+        sums[r] = r < rows ? fold_lanes(lanes + r * VECTORS, NULL) : 0;
+#endif
+}
+
 /* Elements of y before its first 64-byte boundary; -1 where no element starts on one. */
 static inline int64_t until_aligned(const stored *y)
 {

@@ -6,7 +6,7 @@ sums more than 2*FLUSH values in the working type. A vec is one register; loops 
 unrolled, and arrays of that many stay in registers.
 """
 
-from libc.math cimport fabs, isfinite, sqrt
+from libc.math cimport INFINITY, fabs, isfinite, sqrt
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memchr, memcpy, memset
 
@@ -15,6 +15,7 @@ cdef extern from "words.h" nogil:
     enum:
         WIDTH  # values in a vec
         VECTORS  # in LANES values
+        ROWS "FN_ROWS"  # sets whose statistics are found together
         NONE_VALID, SOME_VALID, ALL_VALID
     ctypedef float stored
     ctypedef float work
@@ -34,6 +35,7 @@ cdef extern from "words.h" nogil:
     void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
     double fold_lanes(const vec* lanes, const double* total)
+    void fold_rows(const vec* lanes, int64_t rows, double* sums)
     int64_t until_aligned(const stored* y)
     const stored* past(const stored* x, int64_t n)
     const work* past_weight(const work* x, int64_t n)
@@ -214,6 +216,35 @@ cdef inline void sum_step(
         q[v] = plus(a * d, q[v])
 
 
+cdef inline void sum_lanes(
+    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill, vec* s,
+    vec* q
+) noexcept nogil:
+    """sum_step over n values."""
+    cdef int64_t p = 0
+    while p + LANES <= n:
+        sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, about, fill, s, q)
+        p += LANES
+    if p < n:
+        sum_step(x + p, past(dy, p), past_weight(weight, p), n - p, about, fill, s, q)
+
+
+cdef inline void sum_short(
+    const stored* x, const stored* dy, const work* weight, int64_t n, work about, vec* lanes_s,
+    vec* lanes_q
+) noexcept nogil:
+    """sum_runs of one run of at most FLUSH*LANES values, but for the fold."""
+    cdef vec s[VECTORS]
+    cdef vec q[VECTORS]
+    cdef int v
+    for v in range(VECTORS):
+        s[v] = q[v] = splat(0)
+    sum_lanes(x, dy, weight, n, splat(about), about, s, q)
+    for v in range(VECTORS):
+        lanes_s[v] = s[v]
+        lanes_q[v] = q[v]
+
+
 cdef inline void sum_runs(
     const stored* x, const stored* dy, const work* weight, int64_t runs, int64_t stride, int64_t n,
     work about, double* sums
@@ -239,12 +270,8 @@ cdef inline void sum_runs(
         while p < n:
             stop = minimum(n, p + FLUSH * LANES)
             steps += (stop - p + LANES - 1) // LANES
-            while p + LANES <= stop:
-                sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, center, about, s, q)
-                p += LANES
-            if p < stop:
-                sum_step(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, s, q)
-                p = stop
+            sum_lanes(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, s, q)
+            p = stop
             if steps >= FLUSH:
                 flush_lanes(s, total_s, flushed)
                 flush_lanes(q, total_q, flushed)
@@ -497,7 +524,8 @@ cdef inline void map_row(
 cdef inline bint cancels(double s, double q, double count) noexcept nogil:
     """Whether var = (q - s*s/count)/count would have lost too many digits: the squares left the
     range of the working type, or the values lie far from where they were taken about."""
-    return not (isfinite(q) and q > FN_TINY * count and s * s <= 0.75 * q * count)
+    # Without branches: it is asked of whole arrays.
+    return 1 - ((q < INFINITY) & (q > FN_TINY * count) & (s * s <= 0.75 * q * count))
 
 
 cdef inline work spread_sample(
