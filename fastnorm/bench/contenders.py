@@ -7,6 +7,7 @@ NHWC in PyTorch, buffers donated by jit, and the number of threads of the run.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -84,15 +85,15 @@ def native(problem, backend=None):
     name = "batch_norm" if cell.op == "batch_eval" else f"{cell.op}_norm"
     forward = getattr(fastnorm, name)
     if not cell.backward:
-        if p.sum is not None:
-            return lambda: forward(p.x, *arguments, **common, **fused)[0]
-        return lambda: forward(p.x, *arguments, **common, **fused)
+        call = partial(forward, p.x, *arguments, **common, **fused)
+        return call if p.sum is None else lambda: call()[0]
     _, stats = forward(p.x, *arguments, **(common | {"out": None}), return_stats=True)
     if p.activation:
         common |= {"activation": p.activation, "bias": p.bias}
     backward = getattr(fastnorm, f"{name}_backward")
     extra = {"group": (cell.groups,), "layer": (channels,), "rms": (channels,)}.get(cell.op, ())
-    return lambda: backward(p.dy, p.x, stats, *extra, p.weight, **common).dx
+    call = partial(backward, p.dy, p.x, stats, *extra, p.weight, **common)
+    return lambda: call().dx
 
 
 def numba_(problem):

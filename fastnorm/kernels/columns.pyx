@@ -680,10 +680,20 @@ cdef public void columns_forward(const fn_task* t) noexcept nogil:
 cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef work* hi = coefficients_of(p, b)
-    cdef int64_t c, channel, g
+    cdef const double* mean = t.mean + b * t.g
+    cdef int64_t c, channel, g, r
     cdef double scale, lo
-    for c in range(c0, c1):
-        hi[c] = <work> t.mean[b * t.g + c % p.channels // t.k] if t.has_mean else <work> 0
+    if not t.has_mean:
+        memset(hi + c0, 0, (c1 - c0) * sizeof(work))
+    elif t.k == 1:
+        for c in range(c0, minimum(t.g, c1)):
+            hi[c] = <work> mean[c]
+    else:
+        for g in range(t.g):
+            for c in range(g * t.k, (g + 1) * t.k):
+                hi[c] = <work> mean[g]
+    for r in range(1, p.copies):
+        memcpy(hi + r * p.channels, hi, p.channels * sizeof(work))
     if t.upstream == NULL:
         return
     # A forward's coefficients, from what it found, in the places that finish_backward fills.
@@ -708,25 +718,38 @@ cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noex
     cdef double* q = s + p.width
     cdef work* hi = coefficients_of(p, b)
     cdef double mean, lo, rstd, m1, m2, count = values_of(t, b)
+    cdef double inverse = 1.0 / count if count > 0 and not t.given else 0
+    cdef double about_mean = inverse if t.has_mean else 0
+    cdef const double* means = t.mean + b * t.g
+    cdef const double* rstds = t.rstd + b * t.g
     cdef int64_t g, c, r
     merge_tiles(p, b, c0, c1)
     for r in range(1, p.copies):
         for c in range(p.channels):
             s[c] += s[r * p.channels + c]
             q[c] += q[r * p.channels + c]
+    if t.k == 1 and t.has_mean:  # in whole loops, those of vectors
+        for c in range(c0, minimum(t.g, c1)):
+            rstd = rstds[c]
+            lo = means[c] - <double> hi[c]
+            q[c] = rstd * (q[c] - lo * s[c])
+            m1 = <double> weight[c] * s[c] * about_mean
+            m2 = <double> weight[c] * q[c] * inverse
+            hi[p.padded + c] = <work> (-rstd * rstd * m2)
+            hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
+            hi[3 * p.padded + c] = <work> (rstd * <double> weight[c])
+        c1 = c0
     for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
-        mean = t.mean[b * t.g + g] if t.has_mean else 0
-        rstd = t.rstd[b * t.g + g]
+        mean = means[g] if t.has_mean else 0
+        rstd = rstds[g]
         lo = mean - <double> (<work> mean)
         m1 = m2 = 0
         for c in range(g * t.k, (g + 1) * t.k):
             q[c] = rstd * (q[c] - lo * s[c])
             m1 += <double> weight[c] * s[c]
             m2 += <double> weight[c] * q[c]
-        m1 = m1 / count if t.has_mean else 0
-        m2 = m2 / count
-        if t.given or count == 0:
-            m1 = m2 = 0
+        m1 = m1 * about_mean
+        m2 = m2 * inverse
         for c in range(g * t.k, (g + 1) * t.k):
             hi[p.padded + c] = <work> (-rstd * rstd * m2)
             hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
