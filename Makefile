@@ -54,7 +54,8 @@ tsan:  ## run the C tests under ThreadSanitizer
 valgrind:  ## run the C tests under valgrind
 	tests/sanitize.sh valgrind
 
-fuzz:  ## compare 100,000 random calls with the oracle, about 10 minutes
+fuzz:  ## 10 minutes of libFuzzer on the C library (clang brings it), then as long of random Python calls
+	tests/fuzz.sh 600
 	FASTNORM_FUZZ=100000 $(PYTHON) -m pytest tests/test_fuzz.py
 
 big:  ## arrays of more than 2^31 elements, 12 GB of memory

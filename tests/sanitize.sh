@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The C tests under a sanitizer, at every level that this processor has:
 #
-#     tests/sanitize.sh address     AddressSanitizer, LeakSanitizer, UndefinedBehaviorSanitizer
+#     tests/sanitize.sh address     AddressSanitizer, LeakSanitizer, UndefinedBehaviorSanitizer;
+#                                   the fuzzer's corpus too
 #     tests/sanitize.sh thread      ThreadSanitizer, threads from pthreads: gcc's knows no OpenMP
 #     tests/sanitize.sh valgrind    memcheck, at the level it knows all instructions of
 set -euo pipefail
@@ -11,7 +12,7 @@ case "${1:-}" in
     address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" openmp=1 ;;
     thread) flags="-fsanitize=thread" openmp=0 ;;
     valgrind) flags="" openmp=0 ;;
-    *) sed -n '2,6s/^# \?//p' "$0"; exit 2 ;;
+    *) sed -n '2,7s/^# \?//p' "$0"; exit 2 ;;
 esac
 folder=build/$1
 # A third of the time to compile, and the same kernels: their loops are inlined at any level.
@@ -31,3 +32,9 @@ for test in test_library test_attack; do
         echo "$1, at most $level, $test: $(FASTNORM_ISA=$level "$folder/$test")"
     done
 done
+if [ "$1" = address ]; then
+    # shellcheck disable=SC2086
+    "${CC:-cc}" -std=gnu99 -O1 -g $flags -DSTANDALONE tests/fuzz_library.c -I"$folder/include" \
+        "$folder/lib/libfastnorm.so" -Wl,-rpath,"$PWD/$folder/lib" -lm -o "$folder/fuzz_library"
+    echo "address, a minute of random inputs: $("$folder/fuzz_library" 60 tests/corpus.txt)"
+fi

@@ -204,3 +204,35 @@ def test_baseline_objects_need_no_avx(prefix):
         assert "mulps" in assembly or "mulpd" in assembly or ".c.o" in file.name
         found = re.search(r"^.*(?:%[yz]mm|\tv(?:mov|add|mul|sub)[a-z]*\s).*$", assembly, re.M)
         assert found is None, (file.name, found and found[0])
+
+
+@needs_cc
+@needs("patchelf")
+def test_a_repaired_wheel(tmp_path):
+    """It is tagged manylinux, carries what it needs, and its library keeps its name."""
+    pytest.importorskip("auditwheel")
+    pytest.importorskip("Cython")
+    source, made, site = (tmp_path / name for name in ("source", "made", "site"))
+    unwanted = shutil.ignore_patterns(".git", "build", "dist", "lib", "*.so", "*.egg-info", ".venv")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    python = (sys.executable, "-m")
+    succeeds(
+        *python, "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source,
+        env=os.environ | {"FASTNORM_NATIVE": "require", "FASTNORM_CFLAGS": "-O1"},
+    )
+    succeeds(*python, "auditwheel", "repair", "-w", made, next(tmp_path.glob("*.whl")))
+    wheel = next(made.glob("*.whl"))
+    assert "-manylinux" in wheel.name
+    shutil.unpack_archive(wheel, site, "zip")
+    library = site / "fastnorm" / "lib" / "libfastnorm.so"
+    if "libgomp" in succeeds("readelf", "-d", library):
+        assert list((site / "fastnorm.libs").glob("libgomp*"))
+    code = (
+        "import fastnorm, numpy; fastnorm.explain(); print(fastnorm.get_library());"
+        "fastnorm.layer_norm(numpy.ones((1000, 1000)), 1000, backend='native')"
+    )
+    said = succeeds(
+        sys.executable, "-P", "-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}
+    )
+    assert "native     chosen" in said
+    assert str(library) in said

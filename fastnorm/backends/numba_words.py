@@ -173,8 +173,9 @@ def affine_products(x, dy, hi, scale, shift, dscale):
     return (x - hi) * scale + shift + dy * dscale
 
 
-# Plain loops start at 0: from anywhere else Numba's indices could be negative, and the loops would
-# not become vectors.
+# Plain loops where y is not streamed, of which LLVM makes vectors: spelled out they took as long,
+# and 1.1 times as long down columns. They start at 0: from anywhere else Numba's indices could be
+# negative, and the loops would not become vectors.
 
 
 @inlined

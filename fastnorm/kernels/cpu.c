@@ -90,9 +90,11 @@ __attribute__((constructor)) static void look_at_processor(void)
 {
 #if defined(FASTNORM_X86_LEVELS)
     const char *wanted = getenv("FASTNORM_ISA");
+    unsigned a, b, c = 0, d;
+    const int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* clang 14 has no name */
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
+        __builtin_cpu_supports("bmi2") && has_f16c)
         highest = FASTNORM_ISA_V3;
     if (highest == FASTNORM_ISA_V3 && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&

@@ -114,12 +114,12 @@ static inline vec load_work_part(const work *x, int64_t n, work fill)
 
 static inline work widen(stored v) { return v; }
 static inline work on_grid(work value) { return value; }
-static inline vec load(const stored *x) { return load_work(x); }
+static inline vec load(const stored *x) { return load_work((const work *)x); }
 static inline void store(stored *y, vec v) { memcpy(y, &v, sizeof v); }
 
 static inline vec load_part(const stored *x, int64_t n, work fill)
 {
-    return load_work_part(x, n, fill);
+    return load_work_part((const work *)x, n, fill);
 }
 
 /* y[0..n) = v, n <= WIDTH. */
