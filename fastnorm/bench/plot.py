@@ -30,7 +30,7 @@ def save_plot(rows, who, path):
     axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axes.set_xlabel("time over the memory floor, geometric mean, less is better")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="lower right")  # where the bars are short
     paths = [Path(path).with_suffix(suffix) for suffix in (".png", ".svg")]
     for target in paths:
         figure.savefig(target, dpi=150)
