@@ -67,6 +67,7 @@ cdef inline bint brief(const plan* p) noexcept nogil:
 cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     """Cut sets whose contiguous runs have n values into tiles and blocks."""
     cdef int64_t bytes = t.o * t.k * t.i * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
+    cdef int64_t blocks, threads = maximum(1, t.threads)
     p.task = t
     p.sets = t.b * t.g
     p.n = n
@@ -78,10 +79,8 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     p.tile_runs = maximum(1, TILE // n) if p.pieces == 1 else 1
     p.tiles = ceil_div(t.o, p.tile_runs) * p.pieces
     if t.o == 1:
-        # As many blocks for every thread.
-        p.block = ceil_div(p.sets, maximum(1, TILE // 4 // (t.k * t.i)))
-        p.block = ceil_div(p.block, maximum(1, t.threads)) * maximum(1, t.threads)
-        p.block = ceil_div(p.sets, p.block)
+        blocks = ceil_div(p.sets, maximum(1, TILE // 4 // (t.k * t.i)))
+        p.block = ceil_div(p.sets, ceil_div(blocks, threads) * threads)  # as many for each thread
         p.group = 1
         if brief(p):
             p.group = maximum(1, minimum(ceil_div(ROWS, t.k), t.l2 // 4 // bytes))
@@ -90,7 +89,7 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
         if in_slabs(t):
             p.group = maximum(1, minimum(p.group, (2 * SLAB if t.stream else SLAB) // n))
-        p.block = maximum(1, t.g // (8 * maximum(1, t.threads)) // p.group) * p.group
+        p.block = maximum(1, t.g // (8 * threads) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     p.b_tiles = minimum(t.b if t.i > 1 else ceil_div(t.b, ROWS),
                         minimum(32, maximum(4, (1 << 16) // (t.g * t.k))))
