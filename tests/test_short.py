@@ -59,6 +59,24 @@ def test_rounding_is_to_nearest_even(dtype, engine):
     assert np.array_equal(y.ravel().view(np.uint16), wanted.view(np.uint16))
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_nan_stays_where_it_is(dtype, engine, layout):
+    """Vectors that hold one are rounded another way."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 3, 4001)).astype(np.float32)
+    weight = np.array([1, 0.375, 3.25], np.float32)  # products are exact in float32
+    gaps = rng.uniform(size=x.shape) < 0.01
+    x[gaps] = np.nan
+    x = x.astype(dtype)
+    wanted = (x.astype(np.float32) * weight[:, None]).astype(dtype)
+    if layout == "NHWC":
+        x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    y = through(x, weight, layout=layout, backend=engine)
+    y = np.moveaxis(y, -1, 1) if layout == "NHWC" else y
+    assert np.array_equal(np.isnan(y.astype(np.float32)), gaps)
+    assert np.array_equal(y.view(np.uint16)[~gaps], wanted.view(np.uint16)[~gaps])
+
+
 @pytest.mark.parametrize("length", [1, 3, 15, 16, 17, 31, 33, 100])
 def test_nothing_behind_the_end_is_touched(dtype, engine, length):
     room = np.full(3 * length + 64, 7, dtype)

@@ -218,11 +218,10 @@ cdef inline void map_columns(
             else:
                 z[v] = z[v] + ((load(dy + v * WIDTH) if whole else load_part(dy, n, 0))
                                * (e[v] * splat(weight[row])))
-        for v in range(vectors):
-            if whole:
-                put(y + v * WIDTH, z[v], streaming)
-            else:
-                store_part(y, n, z[v])
+        if whole:
+            put_all(y, z, streaming, vectors)
+        else:
+            store_part(y, n, z[0])
         x += stride
         dy = past(dy, stride)
         y += stride

@@ -250,6 +250,7 @@ cdef inline void map_down(
     cdef vec a[CHUNK]
     cdef vec b[CHUNK]
     cdef vec c[CHUNK]
+    cdef vec y_row[CHUNK]
     cdef vec d = splat(0)
     cdef int64_t _row
     cdef int v
@@ -262,8 +263,8 @@ cdef inline void map_down(
         for v in range(vectors):
             if dy != NULL:
                 d = load(dy + v * WIDTH)
-            put(y + v * WIDTH, mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL),
-                streaming)
+            y_row[v] = mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL)
+        put_all(y, y_row, streaming, vectors)
         x += vectors * WIDTH
         y += vectors * WIDTH
         dy = past(dy, vectors * WIDTH)

@@ -13,7 +13,7 @@ from libc.string cimport memset
 
 from fastnorm.kernels.words cimport (
     ALL_VALID, BATCH, NONE_VALID, SOME_VALID, WIDTH, blank_gaps, fn_task, head, load, load_part,
-    load_work, load_work_part, minimum, past, past_weight, place_in_mask, put, splat, store,
+    load_work, load_work_part, minimum, past, past_weight, place_in_mask, put_all, splat, store,
     store_part, stored, stretch, vec, work,
 )
 
@@ -84,12 +84,13 @@ cdef inline int64_t map_step(
         activate(z, kind, <work> t.slope)
     else:
         deactivate(z, u, kind, <work> t.slope)
-    for v in range(TOGETHER):
-        count = WIDTH if whole else minimum(WIDTH, n - p - v * WIDTH)
-        if whole:
-            put(y + v * WIDTH, z[v], streaming)
-        elif count > 0:
-            store_part(y + v * WIDTH, count, z[v])
+    if whole:
+        put_all(y, z, streaming, TOGETHER)
+    else:
+        for v in range(TOGETHER):
+            count = minimum(WIDTH, n - p - v * WIDTH)
+            if count > 0:
+                store_part(y + v * WIDTH, count, z[v])
     return minimum(n, p + TOGETHER * WIDTH)
 
 
@@ -173,8 +174,7 @@ cdef public void add_terms(const fn_task* t, int64_t at, int64_t n) noexcept nog
     while p + BATCH * WIDTH <= n:
         for v in range(BATCH):
             sums[v] = load(a + p + v * WIDTH) + load(b + p + v * WIDTH)
-        for v in range(BATCH):
-            store(x + p + v * WIDTH, sums[v])
+        put_all(x + p, sums, False, BATCH)
         p += BATCH * WIDTH
     while p + WIDTH <= n:
         store(x + p, load(a + p) + load(b + p))

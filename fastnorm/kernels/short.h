@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
+/* The bits of one, in an array that may lie anywhere. */
+typedef uint16_t fn_short __attribute__((aligned(1)));
+
 static inline uint32_t fn_bits(float value)
 {
     uint32_t bits;

@@ -15,6 +15,7 @@ cdef extern from "words.h" nogil:
     enum:
         WIDTH  # values in a vec
         VECTORS  # in LANES values
+        NARROWED  # vectors that are best stored together
         ROWS "FN_ROWS"  # sets whose statistics are found together
         NONE_VALID, SOME_VALID, ALL_VALID
     ctypedef float stored
@@ -29,8 +30,10 @@ cdef extern from "words.h" nogil:
     vec load_part(const stored* x, int64_t n, work fill)
     vec load_work_part(const work* x, int64_t n, work fill)
     void store(stored* y, vec v)
+    void store_two(stored* y, vec a, vec b)
     void store_part(stored* y, int64_t n, vec v)
     void stream(stored* y, vec v)
+    void stream_two(stored* y, vec a, vec b)
     void stream_end()
     void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
@@ -92,6 +95,7 @@ cdef enum:
     FLUSH = 64
     SAMPLES = 8
     CHUNK = 4  # vectors of columns summed in registers
+    PAIR = 2
     BATCH = 4  # vectors loaded before the ones in front of them are stored
     STEP = 4  # rows of columns summed at a time, while the next ones are asked for
     RUN = 128  # values of a column summed in the working type before they meet a double
@@ -174,6 +178,18 @@ cdef inline void put(stored* y, vec v, bint streaming) noexcept nogil:
         stream(y, v)
     else:
         store(y, v)
+
+
+cdef inline void put_all(stored* y, const vec* v, bint streaming, int vectors) noexcept nogil:
+    """One behind the other; those of 16 bits are rounded and streamed two at a time."""
+    cdef int at
+    for at in range(0, vectors - 1, 2):
+        if streaming:
+            stream_two(y + at * WIDTH, v[at], v[at + 1])
+        else:
+            store_two(y + at * WIDTH, v[at], v[at + 1])
+    if vectors % 2:
+        put(y + (vectors - 1) * WIDTH, v[vectors - 1], streaming)
 
 
 cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
@@ -336,12 +352,35 @@ cdef struct batch:
     vec dy[BATCH]
 
 
-cdef inline void load_batch(batch* a, const stored* x, const stored* dy) noexcept nogil:
+cdef inline void load_batch(batch* a, const stored* x, const stored* dy, int64_t ahead,
+                            int vectors) noexcept nogil:
     cdef int v
-    for v in range(BATCH):
+    for v in range(vectors):
         a.x[v] = load(x + v * WIDTH)
         if dy != NULL:
             a.dy[v] = load(dy + v * WIDTH)
+        if ahead:
+            fetch(x + v * WIDTH + ahead)
+            if dy != NULL:
+                fetch(dy + v * WIDTH + ahead)
+
+
+cdef inline void map_batch(
+    batch* a, stored* y, const work* hi, const work* scale, const work* shift, const work* dscale,
+    bint each, const work* weight, const work* bias, const vec* one, bint with_dy, bint streaming,
+    int vectors
+) noexcept nogil:
+    """`one` holds hi, scale, shift and dscale where one serves every place."""
+    cdef int v, at
+    for v in range(vectors):
+        at = v * WIDTH
+        a.x[v] = mapped(a.x[v], a.dy[v], load_work(hi + at) if each else one[0],
+                        load_work(scale + at) if each else one[1],
+                        load_work(shift + at) if each else one[2],
+                        load_work(dscale + at) if each and with_dy else one[3], with_dy)
+        if weight != NULL:
+            a.x[v] = a.x[v] * load_work(weight + at) + load_work(bias + at)
+    put_all(y, a.x, streaming, vectors)
 
 
 cdef inline void map_places(
@@ -359,55 +398,42 @@ cdef inline void map_places(
     A batch is loaded before the one in front of it is stored: where y lies a little behind x
     modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
     cache). Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
-    cdef vec one_hi = splat(hi[0])
-    cdef vec one_scale = splat(scale[0])
-    cdef vec one_shift = splat(shift[0])
-    cdef vec one_dscale = splat(0 if dy == NULL else dscale[0])
-    cdef vec d = one_hi
+    cdef vec one[4]
+    cdef vec d
     cdef batch now, later
-    cdef int64_t p = 0, part = head(y, n, &streaming), step
-    cdef int v
+    cdef int64_t p = 0, part = head(y, n, &streaming), step, e
+    one[0] = splat(hi[0])
+    one[1] = splat(scale[0])
+    one[2] = splat(shift[0])
+    one[3] = d = splat(0 if dy == NULL else dscale[0])
     while p < n:
         if part == 0:
             if not streaming and p + BATCH * WIDTH <= n and (
                     not each or until_aligned(y + p) == 0):
-                load_batch(&now, x + p, past(dy, p))
+                load_batch(&now, x + p, past(dy, p), ahead, BATCH)
                 while p + BATCH * WIDTH <= n:
                     if p + 2 * BATCH * WIDTH <= n:
-                        load_batch(&later, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH))
-                    for v in range(BATCH):
-                        if ahead:
-                            fetch(x + p + v * WIDTH + ahead)
-                            if dy != NULL:
-                                fetch(dy + p + v * WIDTH + ahead)
-                        now.x[v] = mapped(
-                            now.x[v], now.dy[v], load_work(hi + p + v * WIDTH) if each else one_hi,
-                            load_work(scale + p + v * WIDTH) if each else one_scale,
-                            load_work(shift + p + v * WIDTH) if each else one_shift,
-                            load_work(dscale + p + v * WIDTH) if each and dy != NULL
-                            else one_dscale, dy != NULL)
-                        if weight != NULL:
-                            now.x[v] = (now.x[v] * load_work(weight + p + v * WIDTH)
-                                        + load_work(bias + p + v * WIDTH))
-                    for v in range(BATCH):
-                        store(y + p + v * WIDTH, now.x[v])
+                        load_batch(&later, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH),
+                                   ahead, BATCH)
+                    e = p if each else 0
+                    map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e),
+                              each, past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+                              False, BATCH)
                     now = later
                     p += BATCH * WIDTH
+            while p + PAIR * WIDTH <= n:
+                load_batch(&now, x + p, past(dy, p), ahead, PAIR)
+                e = p if each else 0
+                map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
+                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, streaming,
+                          PAIR)
+                p += PAIR * WIDTH
             while p + WIDTH <= n:
-                if ahead:
-                    fetch(x + p + ahead)
-                    if dy != NULL:
-                        fetch(dy + p + ahead)
-                if dy != NULL:
-                    d = load(dy + p)
-                d = mapped(load(x + p), d, load_work(hi + p) if each else one_hi,
-                           load_work(scale + p) if each else one_scale,
-                           load_work(shift + p) if each else one_shift,
-                           load_work(dscale + p) if each and dy != NULL else one_dscale,
-                           dy != NULL)
-                if weight != NULL:
-                    d = d * load_work(weight + p) + load_work(bias + p)
-                put(y + p, d, streaming)
+                load_batch(&now, x + p, past(dy, p), ahead, 1)
+                e = p if each else 0
+                map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
+                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, streaming,
+                          1)
                 p += WIDTH
             part = n - p
         else:
@@ -417,10 +443,10 @@ cdef inline void map_places(
                 d = load_part(dy + p, step, 0)
             d = mapped(
                 load_part(x + p, step, hi[0]), d,
-                load_work_part(hi + p, step, 0) if each else one_hi,
-                load_work_part(scale + p, step, 0) if each else one_scale,
-                load_work_part(shift + p, step, 0) if each else one_shift,
-                load_work_part(dscale + p, step, 0) if each and dy != NULL else one_dscale,
+                load_work_part(hi + p, step, 0) if each else one[0],
+                load_work_part(scale + p, step, 0) if each else one[1],
+                load_work_part(shift + p, step, 0) if each else one[2],
+                load_work_part(dscale + p, step, 0) if each and dy != NULL else one[3],
                 dy != NULL)
             if weight != NULL:
                 d = (d * load_work_part(weight + p, step, 0)
