@@ -12,18 +12,24 @@
 
 #if defined(FN_TYPE_float64)
 typedef int64_t whole_vec __attribute__((vector_size(FN_VECTOR)));
-enum { MANTISSA = 52, BIAS = 1023, EXP_DEGREE = 13 };
+enum { MANTISSA = 52, BIAS = 1023 };
 #define LN2_HIGH 6.93147180369123816490e-01 /* its low 32 bits are 0, so that n*LN2_HIGH is exact */
 #define LN2_LOW 1.90821492927058770002e-10
-#define EXP_LEAST -708.0
 #define EXP_MOST 709.0
+/* Taylor's. */
+static const double exp_powers[] = {
+    1.0,           1.0,            1.0 / 2,         1.0 / 6,        1.0 / 24,
+    1.0 / 120,     1.0 / 720,      1.0 / 5040,      1.0 / 40320,    1.0 / 362880,
+    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 #else
 typedef int32_t whole_vec __attribute__((vector_size(FN_VECTOR)));
-enum { MANTISSA = 23, BIAS = 127, EXP_DEGREE = 7 };
+enum { MANTISSA = 23, BIAS = 127 };
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
-#define EXP_LEAST -87.0f
 #define EXP_MOST 88.0f
+/* The first two fixed, the others of least relative error, 3e-9; one fewer would have 1e-7. */
+static const float exp_powers[] = {1.0f,         1.0f,          0.49999994f,  0.16666521f,
+                                   0.041668389f, 0.0083687454f, 0.0013814541f};
 #endif
 
 enum { TOGETHER = 4 };
@@ -58,25 +64,25 @@ static inline vec at_most(vec v, work bound)
 #endif
 }
 
-/* v = exp(v), as 2^n * exp(r), |r| <= ln(2)/2, and Taylor's polynomial. */
+/* From where on exp would leave the normal numbers. */
+static inline vec within(vec v) { return at_most(at_least(v, -EXP_MOST), EXP_MOST); }
+
+/* v = exp(v), |v| <= EXP_MOST or NaN, as 2^n times a polynomial of r, |r| <= ln(2)/2. */
 static inline void exponential(vec *v)
 {
-    static const double taylor[] = {
-        1.0,           1.0,            1.0 / 2,         1.0 / 6,        1.0 / 24,
-        1.0 / 120,     1.0 / 720,      1.0 / 5040,      1.0 / 40320,    1.0 / 362880,
-        1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-    /* Adding it rounds to a whole number, which the lowest bits then are. */
-    const vec magic = splat((work)1.5 * (work)(1LL << MANTISSA));
+    enum { DEGREE = sizeof exp_powers / sizeof *exp_powers - 1 };
+    /* Adding it rounds to a whole number, which with the exponent's bias the lowest bits then are:
+     * from -BIAS, which makes 2^n 0, to BIAS. */
+    const vec magic = splat((work)1.5 * (work)(1LL << MANTISSA) + BIAS);
     vec n[TOGETHER], r[TOGETHER], power[TOGETHER];
-    EACH v[j] = at_most(at_least(v[j], EXP_LEAST), EXP_MOST);
     EACH n[j] = v[j] * splat((work)1.4426950408889634) + magic;
-    EACH power[j] = (vec)(((whole_vec)n[j] - (whole_vec)magic + BIAS) << MANTISSA);
+    EACH power[j] = (vec)((whole_vec)n[j] << MANTISSA);
     EACH n[j] -= magic;
     EACH r[j] = v[j] - n[j] * splat(LN2_HIGH) - n[j] * splat(LN2_LOW);
-    EACH v[j] = splat((work)taylor[EXP_DEGREE]);
+    EACH v[j] = splat(exp_powers[DEGREE]);
 #pragma GCC unroll 16
-    for (int degree = EXP_DEGREE - 1; degree >= 0; degree--)
-        EACH v[j] = v[j] * r[j] + splat((work)taylor[degree]);
+    for (int degree = DEGREE - 1; degree >= 0; degree--)
+        EACH v[j] = v[j] * r[j] + splat(exp_powers[degree]);
     EACH v[j] *= power[j];
 }
 
@@ -111,12 +117,12 @@ static inline void half_erfc(vec *x)
 #pragma GCC unroll 32
     for (int power = LAST - 1; power >= 0; power--)
         EACH sum[j] = sum[j] * u[j] + splat(powers[power]);
-    EACH x[j] = sum[j] - x[j] * x[j];
+    EACH x[j] = at_least(sum[j] - x[j] * x[j], -EXP_MOST);
     exponential(x);
     EACH x[j] *= splat((work)0.5) * t[j];
 }
 
-/* v = sigmoid(v); rest = 1 minus it, without cancellation. */
+/* v = sigmoid(v), |v| <= EXP_MOST; rest = 1 minus it, without cancellation. */
 static inline void sigmoid(vec *v, vec *rest)
 {
     EACH v[j] = -v[j];
@@ -154,13 +160,13 @@ static inline void activate(vec *z, int kind, work slope)
         return;
     }
     EACH z[j] = at_least(z[j], -EXP_MOST); /* or -inf*0 would be NaN */
-    EACH gate[j] = at_most(z[j], EXP_MOST); /* and its cube would overflow */
+    EACH gate[j] = at_most(z[j], EXP_MOST);
     if (kind == FASTNORM_GELU) {
         normal_cdf(gate);
     } else {
         if (kind == FASTNORM_GELU_TANH)
-            EACH gate[j] = splat(GELU_SCALE) * gate[j] *
-                           (splat(1) + splat(GELU_CUBE) * gate[j] * gate[j]);
+            EACH gate[j] = within(splat(GELU_SCALE) * gate[j] *
+                                  (splat(1) + splat(GELU_CUBE) * gate[j] * gate[j]));
         sigmoid(gate, unused);
     }
     EACH z[j] *= gate[j];
@@ -180,21 +186,21 @@ static inline void deactivate(vec *z, const vec *dy, int kind, work slope)
         return;
     }
     /* The rest are z*gate(z), with the derivative gate + z*gate'. */
-    EACH z[j] = at_most(at_least(z[j], -EXP_MOST), EXP_MOST);
+    EACH z[j] = within(z[j]);
     EACH gate[j] = z[j];
     if (kind == FASTNORM_GELU) {
         normal_cdf(gate);
-        EACH change[j] = splat((work)-0.5) * z[j] * z[j];
+        EACH change[j] = at_least(splat((work)-0.5) * z[j] * z[j], -EXP_MOST);
         exponential(change);
         EACH change[j] *= splat((work)0.3989422804014327);
     } else if (kind == FASTNORM_SILU) {
         sigmoid(gate, change);
         EACH change[j] *= gate[j];
     } else {
-        EACH gate[j] = splat(GELU_SCALE) * z[j] * (one + splat(GELU_CUBE) * z[j] * z[j]);
+        EACH gate[j] = within(splat(GELU_SCALE) * z[j] *
+                              (one + splat(GELU_CUBE) * z[j] * z[j]));
         sigmoid(gate, change);
-        EACH change[j] *= gate[j] * splat(GELU_SCALE) *
-                          (one + splat(3 * GELU_CUBE) * z[j] * z[j]);
+        EACH change[j] *= gate[j] * splat(GELU_SCALE) * (one + splat(3 * GELU_CUBE) * z[j] * z[j]);
     }
     EACH z[j] = dy[j] * (gate[j] + z[j] * change[j]);
 }
