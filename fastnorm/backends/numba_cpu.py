@@ -194,8 +194,8 @@ def forward(
         beside = _flat(residual) if has_residual else flat[0]
         last = (fused.activation, fused.slope, has_residual)
         if again:
-            run(after.finish_again, flat[0], beside, weight, bias, flat[1], mean, rstd, sizes,
-                *last)
+            run(after.finish_again, flat[0], flat[0], beside, weight, bias, flat[1],
+                after.room_for_z(geometry, work), mean, rstd, sizes, *last, 0)
         elif fused.activation or has_residual:
             run(after.finish, flat[1], beside, *last)
     if not given and (running_mean is not None or running_var is not None):
@@ -266,8 +266,9 @@ def backward(
             dz = dx if fused.dresidual is None else _flat(fused.dresidual)
             bias = _parameter(fused.bias, work, channels, 0)
             has_residual = int(fused.residual is not None)
-            run(after.take_back, dy, x, _flat(fused.residual) if has_residual else x, weight, bias,
-                dz, mean, rstd, sizes, fused.activation, fused.slope, has_residual)
+            run(after.finish_again, dy, x, _flat(fused.residual) if has_residual else x, weight,
+                bias, dz, after.room_for_z(geometry, work), mean, rstd, sizes, fused.activation,
+                fused.slope, has_residual, 1)
             dy = dz
         if _in_columns(geometry):
             cut, tiles = columns.cut_columns(geometry)

@@ -19,7 +19,8 @@ from fastnorm.dtypes import TABLE
 FASTMATH = False
 SERIAL_BYTES = 192 << 10  # moved: below, a parallel region costs more than it saves
 
-OPTIONS = {"fastmath": FASTMATH, "nogil": True}
+# A division by 0 gives what C gives: a check of each would keep loops from becoming vectors.
+OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy"}
 # Without Numba's counting of references, which each slice of an array would pay with two atomic
 # operations (1.3 to 1.4 times faster at rows of 96). What allocates an array needs it.
 UNCOUNTED = {"_nrt": False}

@@ -173,6 +173,29 @@ def rounded(_typing, array, value):
 
 
 @intrinsic
+def choose(_typing, condition, a, b):
+    """a if condition else b, both computed: a branch can keep a loop from becoming vectors."""
+
+    def build(_context, builder, _signature, arguments):
+        return builder.select(*arguments)
+
+    return a(types.boolean, a, a), build
+
+
+@intrinsic
+def power_of_two(_typing, value):
+    """The lowest bits of a number as the exponent of another."""
+    mantissa = 23 if value.bitwidth == 32 else 52
+
+    def build(_context, builder, _signature, arguments):
+        whole = ir.IntType(value.bitwidth)
+        bits = builder.shl(builder.bitcast(arguments[0], whole), ir.Constant(whole, mantissa))
+        return builder.bitcast(bits, arguments[0].type)
+
+    return value(value), build
+
+
+@intrinsic
 def on_grid(_typing, array, value):
     """rounded, to one that the array can hold: differences from another value would all have the
     same lowest bits, and every addition would round them the same way."""
