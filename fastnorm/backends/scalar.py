@@ -5,9 +5,7 @@ A value is handed on as hi + lo, hi its rounding to the working type, so that su
 an x near it loses nothing: y = (x - hi)*scale + (bias - lo*scale).
 """
 
-from math import erfc, exp, isfinite, sqrt
-
-from fastnorm.backends import GELU, GELU_TANH
+from math import isfinite, sqrt
 
 TINY = 1e-30  # mean squares below it may have lost float32 squares under the smallest normal
 
@@ -40,16 +38,3 @@ def backward_terms(gy, gyd, lo, rstd, count, has_mean):
     mean_gy = gy / count if has_mean else 0.0
     mean_gyx = rstd * (gyd - lo * gy) / count
     return -rstd * rstd * mean_gyx, rstd * (rstd * mean_gyx * lo - mean_gy)
-
-
-def gate(z, kind):
-    """Of an activation z*gate(z), by its number in fastnorm.h: gate(z) and its derivative."""
-    if kind == GELU:
-        return 0.5 * erfc(-0.7071067811865476 * z), 0.3989422804014327 * exp(-0.5 * z * z)
-    scale, cube = 1.0, 0.0
-    if kind == GELU_TANH:
-        scale, cube = 1.5957691216057308, 0.044715  # 2*sqrt(2/pi): (1 + tanh(a))/2 is sigmoid(2a)
-    v = scale * (z + cube * z * z * z)
-    away = exp(-(-700.0 if v < -700.0 else 700.0 if v > 700.0 else v))
-    s = 1.0 / (1.0 + away)
-    return s, s * (away * s) * scale * (1.0 + 3.0 * cube * z * z)
