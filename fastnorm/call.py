@@ -13,6 +13,9 @@ from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
 # Most calls have nothing to look at closely, which compiled code sees sooner.
 _plain = getattr(backends.load("native"), "plain", lambda *_: False)
+# Whole calls, or None; see native.pyx.
+whole_forward = getattr(backends.load("native"), "whole_forward", lambda *_: None)
+whole_backward = getattr(backends.load("native"), "whole_backward", lambda *_: None)
 _holds = getattr(backends.load("native"), "holds", lambda *_: False)
 
 

@@ -40,8 +40,10 @@ import numpy as np
 
 from fastnorm import batch_statistics, call, geometry
 from fastnorm.backends import (
+    BATCH,
     BIASED_RUNNING_VAR,
     GIVEN_STATISTICS,
+    GROUP,
     LEAKY_RELU,
     NOTHING,
 )
@@ -58,6 +60,10 @@ from fastnorm.checks import (
 )
 from fastnorm.device import DeviceArray
 from fastnorm.results import Statistics
+
+# A call that asks for nothing but the normalization, of arrays in which there is nothing to look at
+# closely, is done whole by compiled code (see whole_forward in call.py). Everything below it is for
+# the others.
 
 # ---- batch norm ----------------------------------------------------------------------------
 
@@ -112,6 +118,15 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2; ghost batches: Hoffer,
         Hubara and Soudry, "Train longer, generalize better", 2017.
     """
+    if activation is residual is mask is lengths is statistics is update is ghost_size is None and (
+        convention == "torch" and nan_policy == "propagate"
+    ):
+        y = call.whole_forward(
+            BATCH, x, out, layout, 0, weight, bias, eps, running_mean, running_var, momentum,
+            0 if training else GIVEN_STATISTICS, return_stats, backend, num_threads,
+        )
+        if y is not None:
+            return y
     name = "batch_norm"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
@@ -252,6 +267,14 @@ def batch_norm_backward(
         weight or a bias. With a residual GradientsWithResidual(dx, dweight, dbias, dresidual);
         without an activation dresidual is dy.
     """
+    if activation is residual is mask is lengths is bias is ghost_size is None and not (
+        from_output or out_residual is not None
+    ):
+        gradients = call.whole_backward(
+            BATCH, dy, x, stats, layout, 0, weight, out, 0, backend, num_threads
+        )
+        if gradients is not None:
+            return gradients
     name = "batch_norm_backward"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
@@ -358,6 +381,13 @@ def group_norm(
     Source:
         Wu and He, "Group Normalization", 2018.
     """
+    if activation is residual is mask is lengths is None:
+        y = call.whole_forward(
+            GROUP, x, out, layout, num_groups, weight, bias, eps, None, None, 0.0, 0, return_stats,
+            backend, num_threads,
+        )
+        if y is not None:
+            return y
     name = "group_norm"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
@@ -388,6 +418,12 @@ def group_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape (C,), with a residual
         GradientsWithResidual.
     """
+    if activation is residual is mask is lengths is bias is out_residual is None:
+        gradients = call.whole_backward(
+            GROUP, dy, x, stats, layout, num_groups, weight, out, 0, backend, num_threads
+        )
+        if gradients is not None:
+            return gradients
     name = "group_norm_backward"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
@@ -430,6 +466,13 @@ def instance_norm(
     Source:
         Ulyanov et al., "Instance Normalization", 2016.
     """
+    if activation is residual is mask is lengths is None and use_input_stats:
+        y = call.whole_forward(
+            GROUP, x, out, layout, None, weight, bias, eps, running_mean, running_var, momentum, 0,
+            return_stats, backend, num_threads,
+        )
+        if y is not None:
+            return y
     name = "instance_norm"
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
@@ -478,6 +521,12 @@ def instance_norm_backward(
             bias=bias, residual=residual, out_residual=out_residual, activation=activation,
             negative_slope=negative_slope, approximate=approximate, mask=mask, lengths=lengths,
         )
+    if activation is residual is mask is lengths is bias is out_residual is None:
+        gradients = call.whole_backward(
+            GROUP, dy, x, stats, layout, None, weight, out, 0, backend, num_threads
+        )
+        if gradients is not None:
+            return gradients
     x = check_input(name, x, least=2)
     first = channels_first(name, layout)
     channels = check_channels(name, x, layout, first, weight, bias)

@@ -24,6 +24,9 @@ NO_MEAN = 1
 GIVEN_STATISTICS = 2
 BIASED_RUNNING_VAR = 4
 
+# What the sets of a norm are: see geometry.py. Instance norm is a group norm of groups of one.
+BATCH, GROUP, ROWS = range(3)
+
 # fastnorm_activation of fastnorm.h, which has the formulas.
 RELU, LEAKY_RELU, SILU, GELU, GELU_TANH = range(1, 6)
 

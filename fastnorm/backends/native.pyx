@@ -1,12 +1,20 @@
 """The native backend: a client of fastnorm.h, like any other."""
 
 cimport numpy as cnp
+from cpython.float cimport PyFloat_CheckExact
+from cpython.long cimport PyLong_CheckExact
+from cpython.tuple cimport PyTuple_CheckExact
+from cpython.unicode cimport PyUnicode_CheckExact
+from libc.math cimport isfinite
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
-from fastnorm.backends import NOTHING
+from fastnorm import config
+from fastnorm.backends import BATCH, GIVEN_STATISTICS, NO_MEAN, NOTHING, ROWS
 from fastnorm.dtypes import TABLE
+from fastnorm.geometry import CHANNELS_FIRST, batch, group, rows
+from fastnorm.results import Gradients, Statistics
 
 cnp.import_array()
 
@@ -253,3 +261,244 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
     with nogil:
         status = fastnorm_backward(&sizes, &args, &options)
     finish(status)
+
+
+# ---- whole calls -----------------------------------------------------------------------------
+#
+# What functional.py, checks.py and call.py do, for the calls in which there is nothing to look at
+# closely: arrays of one type, contiguous and apart, and arguments of the usual types. Any doubt is
+# answered with None: they then look themselves, and it is they who refuse.
+
+cdef enum:
+    MOST_THREADS = 1 << 16
+
+
+cdef object sizes_of(int norm, object x, object layout, object groups):
+    """The geometry of a call, or None."""
+    cdef int64_t channels, wanted
+    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray> x)
+    if norm == ROWS:
+        if PyTuple_CheckExact(groups) and len(<tuple> groups) == 1:
+            groups = (<tuple> groups)[0]
+        if not PyLong_CheckExact(groups) or ndim < 1:
+            return None
+        return rows(x.shape, 1) if groups == x.shape[ndim - 1] else None
+    first = CHANNELS_FIRST.get(layout) if PyUnicode_CheckExact(layout) else None
+    if first is None or ndim < 2:
+        return None
+    if norm == BATCH:
+        return batch(x.shape, first)
+    channels = cnp.PyArray_DIM(<cnp.ndarray> x, 1 if first else ndim - 1)
+    if groups is None:  # instance norm
+        return group(x.shape, first, channels)
+    if not PyLong_CheckExact(groups) or not 0 < groups <= channels:
+        return None
+    wanted = groups
+    return group(x.shape, first, wanted) if channels % wanted == 0 else None
+
+
+cdef int threads_of(object backend, object dtype, object num_threads) except -2:
+    """How many threads were asked for; -1 where this backend or their number is in doubt."""
+    if backend is None:
+        backend = config._default_backend
+    if backend is None:
+        backend = config._chosen.get(dtype)
+    if backend != "native":
+        return -1
+    if num_threads is None:
+        return config._num_threads
+    if not PyLong_CheckExact(num_threads) or not 0 <= num_threads <= MOST_THREADS:
+        return -1
+    return num_threads
+
+
+cdef inline bint one_for_each(object array, int kind, int64_t size) noexcept:
+    """Of the channels, or None."""
+    return array is None or (simple(array, kind) and cnp.PyArray_NDIM(<cnp.ndarray> array) == 1
+                             and cnp.PyArray_DIM(<cnp.ndarray> array, 0) == size)
+
+
+cdef inline bint apart_from(cnp.ndarray a, object b) noexcept:
+    return b is None or apart(a, <cnp.ndarray> b)
+
+
+cdef inline bint is_like(object array, cnp.ndarray x) noexcept:
+    cdef int axis
+    if (not simple(array, cnp.PyArray_TYPE(x))
+            or cnp.PyArray_NDIM(<cnp.ndarray> array) != cnp.PyArray_NDIM(x)):
+        return False
+    for axis in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(<cnp.ndarray> array, axis) != cnp.PyArray_DIM(x, axis):
+            return False
+    return True
+
+
+cdef inline bint may_receive(object out, cnp.ndarray x, object other) noexcept:
+    """out is None, or like x, writable, and x or other or apart from them."""
+    if out is None:
+        return True
+    return (is_like(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
+            and (data(out) == data(x) or apart(<cnp.ndarray> out, x))
+            and (data(out) == data(other) or apart_from(<cnp.ndarray> out, other)))
+
+
+cdef inline bint may_move(object running, cnp.ndarray x, object out, object weight, object bias,
+                          object other) noexcept:
+    return running is None or (
+        cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running) and apart(<cnp.ndarray> running, x)
+        and apart_from(<cnp.ndarray> running, out) and apart_from(<cnp.ndarray> running, weight)
+        and apart_from(<cnp.ndarray> running, bias) and apart_from(<cnp.ndarray> running, other))
+
+
+cdef inline int statistics_axes(int norm, cnp.ndarray x, fastnorm_geometry* sizes,
+                                cnp.npy_intp* shape) noexcept:
+    """Their number, and into shape their lengths."""
+    cdef int axis
+    if norm == ROWS:
+        for axis in range(cnp.PyArray_NDIM(x) - 1):
+            shape[axis] = cnp.PyArray_DIM(x, axis)
+        return cnp.PyArray_NDIM(x) - 1
+    shape[0] = sizes.g if norm == BATCH else sizes.b
+    shape[1] = sizes.g
+    return 1 if norm == BATCH else 2
+
+
+def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_mean, running_var,
+                  momentum, int flags, return_stats, backend, num_threads):
+    """y, or (y, Statistics); None where something must be looked at. groups: None of instance norm,
+    and normalized_shape of rows."""
+    cdef fastnorm_geometry sizes
+    cdef fastnorm_options options
+    cdef fastnorm_forward_args args
+    cdef cnp.npy_intp shape[64]
+    cdef int kind, threads, axes, status
+    cdef bint given = flags & GIVEN_STATISTICS
+    if not cnp.PyArray_CheckExact(x):
+        return None
+    kind = cnp.PyArray_TYPE(<cnp.ndarray> x)
+    if (kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64) or not simple(x, kind):
+        return None
+    if not PyFloat_CheckExact(eps) or not isfinite(<double> eps):
+        return None
+    if not PyFloat_CheckExact(momentum) or not isfinite(<double> momentum):
+        return None
+    threads = threads_of(backend, x.dtype, num_threads)
+    found = sizes_of(norm, x, layout, groups)
+    if threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
+        return None
+    load_geometry(&sizes, found)
+    if not (one_for_each(weight, kind, sizes.g * sizes.k)
+            and one_for_each(bias, kind, sizes.g * sizes.k)
+            and one_for_each(running_mean, kind, sizes.g)
+            and one_for_each(running_var, kind, sizes.g)):
+        return None
+    if not may_receive(out, <cnp.ndarray> x, None):
+        return None
+    if out is not None and not (apart_from(<cnp.ndarray> out, weight)
+                                and apart_from(<cnp.ndarray> out, bias)
+                                and apart_from(<cnp.ndarray> out, running_mean)
+                                and apart_from(<cnp.ndarray> out, running_var)):
+        return None
+    if given:
+        if running_mean is None or running_var is None:
+            return None
+    elif norm == BATCH or groups is None:
+        if <double> eps <= 0 or sizes.o * sizes.k * sizes.i < 2:
+            return None
+        if running_mean is not None or running_var is not None:
+            if sizes.b > 1 or not (
+                    may_move(running_mean, x, out, weight, bias, running_var)
+                    and may_move(running_var, x, out, weight, bias, running_mean)):
+                return None
+    y = out
+    if out is None:
+        y = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x),
+                              kind, 0)
+    memset(&args, 0, sizeof(args))
+    start(&options, threads)
+    args.struct_size = sizeof(args)
+    args.dtype = code(x)
+    args.flags = flags
+    args.eps = eps
+    args.momentum = momentum
+    args.x = data(x)
+    args.y = data(y)
+    args.weight = data(weight)
+    args.bias = data(bias)
+    args.running_mean = data(running_mean)
+    args.running_var = data(running_var)
+    stats = None
+    if return_stats:
+        axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
+        mean = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
+        var = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
+        rstd = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
+        args.mean = <double*> data(mean)
+        args.var = <double*> data(var)
+        args.rstd = <double*> data(rstd)
+        stats = Statistics(mean, var, rstd, given)
+    with nogil:
+        status = fastnorm_forward(&sizes, &args, &options)
+    finish(status)
+    return y if stats is None else (y, stats)
+
+
+def whole_backward(int norm, dy, x, stats, layout, groups, weight, out, int flags, backend,
+                   num_threads):
+    """Gradients; None where something must be looked at."""
+    cdef fastnorm_geometry sizes
+    cdef fastnorm_options options
+    cdef fastnorm_backward_args args
+    cdef cnp.npy_intp shape[64]
+    cdef cnp.npy_intp channels
+    cdef int kind, threads, axes, axis, status
+    if not cnp.PyArray_CheckExact(x) or type(stats) is not Statistics:
+        return None
+    kind = cnp.PyArray_TYPE(<cnp.ndarray> x)
+    if (kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64) or not simple(x, kind):
+        return None
+    threads = threads_of(backend, x.dtype, num_threads)
+    found = sizes_of(norm, x, layout, groups)
+    if threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
+        return None
+    load_geometry(&sizes, found)
+    channels = sizes.g * sizes.k
+    if not (is_like(dy, <cnp.ndarray> x) and one_for_each(weight, kind, channels)
+            and may_receive(out, <cnp.ndarray> x, dy)
+            and (out is None or apart_from(<cnp.ndarray> out, weight))):
+        return None
+    mean, rstd = stats.mean, stats.rstd
+    axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
+    for array in (mean, rstd):
+        if not simple(array, cnp.NPY_FLOAT64) or cnp.PyArray_NDIM(<cnp.ndarray> array) != axes:
+            return None
+        for axis in range(axes):
+            if cnp.PyArray_DIM(<cnp.ndarray> array, axis) != shape[axis]:
+                return None
+        if out is not None and not apart(<cnp.ndarray> out, <cnp.ndarray> array):
+            return None
+    if stats.given:
+        flags |= GIVEN_STATISTICS
+    dx = out
+    if out is None:
+        dx = cnp.PyArray_EMPTY(
+            cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x), kind, 0)
+    dweight = cnp.PyArray_EMPTY(1, &channels, kind, 0)
+    dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, kind, 0)
+    memset(&args, 0, sizeof(args))
+    start(&options, threads)
+    args.struct_size = sizeof(args)
+    args.dtype = code(x)
+    args.flags = flags
+    args.dy = data(dy)
+    args.x = data(x)
+    args.weight = data(weight)
+    args.mean = <double*> data(mean)
+    args.rstd = <double*> data(rstd)
+    args.dx = data(dx)
+    args.dweight = data(dweight)
+    args.dbias = data(dbias)
+    with nogil:
+        status = fastnorm_backward(&sizes, &args, &options)
+    finish(status)
+    return Gradients(dx, dweight, dbias)

@@ -1,0 +1,148 @@
+"""Calls that compiled code does whole: which they are, and that the long way gives the same."""
+
+import numpy as np
+import pytest
+from cases import Case
+from test_grid import layouts, to_layout
+
+import fastnorm
+from fastnorm import backends, call
+
+native = backends.load("native")
+pytestmark = pytest.mark.skipif(isinstance(native, str), reason="no native library here")
+
+CASES = [
+    Case("batch", (4, 6, 5, 7)), Case("batch", (9, 5)), Case("instance", (3, 4, 6)),
+    Case("group", (2, 6, 5), 3), Case("layer", (5, 3, 8)), Case("rms", (7, 9)),
+]
+
+
+def forbid(*_, **__):
+    raise AssertionError("not done whole")
+
+
+def everything(case, dtype, layout, out):
+    x, dy, weight, bias = case.arrays(dtype)
+    common = {}
+    if layout:
+        common["layout"] = layout
+        x, dy = to_layout(x, layout), to_layout(dy, layout)
+    into = [np.empty_like(x) if out else None for _ in range(2)]
+    y, stats = case.forward(x, weight, bias, return_stats=True, out=into[0], **common)
+    again = case.forward(x, weight, bias, **common)
+    gradients = case.backward(dy, x, stats, weight, out=into[1], **common)
+    if out:
+        assert y is into[0]
+        assert gradients.dx is into[1]
+    return [y, again, stats.mean, stats.var, stats.rstd, *gradients]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plain_calls_are_and_the_long_way_gives_the_same(case, out, dtype, monkeypatch):
+    fastnorm.rms_norm(np.ones(3, dtype), 3)  # the first call of a type chooses a backend
+    for layout in layouts(case):
+        with monkeypatch.context() as short:
+            short.setattr(call, "forward", forbid)
+            short.setattr(call, "backward", forbid)
+            whole = everything(case, dtype, layout, out)
+        with monkeypatch.context() as long:
+            long.setattr(call, "whole_forward", lambda *_: None)
+            long.setattr(call, "whole_backward", lambda *_: None)
+            parts = everything(case, dtype, layout, out)
+        for a, b in zip(whole, parts, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a.shape, a.dtype) == (b.shape, b.dtype)
+                assert a.tobytes() == b.tobytes()
+
+
+def test_running_statistics_and_inference(monkeypatch):
+    x = np.random.default_rng(0).normal(3, 2, (6, 4, 5)).astype(np.float32)
+    found = []
+    for ways in ({"forward": forbid}, {"whole_forward": lambda *_: None}):
+        running = np.zeros(4, np.float32), np.ones(4, np.float32)
+        with monkeypatch.context() as way:
+            for name, function in ways.items():
+                way.setattr(call, name, function)
+            y = fastnorm.batch_norm(x, *running, training=True)
+            z, stats = fastnorm.batch_norm(x, *running, return_stats=True)
+        assert stats.given
+        found.append([a.tobytes() for a in (y, z, *running, stats.mean, stats.rstd)])
+    assert found[0] == found[1]
+
+
+def doubts():
+    x = np.ones((4, 6, 5), np.float32)
+    six = np.ones(6, np.float32)
+    room = np.empty(x.size + 1, np.float32)
+    frozen = np.ones_like(x)
+    frozen.flags.writeable = False
+    yield "list", {"x": [1.0]}
+    yield "float16", {"x": x.astype(np.float16)}
+    yield "byte order", {"x": x.astype(">f4")}
+    yield "subclass", {"x": np.ma.array(x)}
+    yield "strides", {"x": x[:, :, ::2]}
+    yield "one axis", {"x": six}
+    yield "empty", {"x": x[:0]}
+    yield "one value", {"x": x[:1, :, :1].copy()}
+    yield "layout", {"layout": "NCWH"}
+    yield "weight's size", {"weight": np.ones(5, np.float32)}
+    yield "weight's type", {"weight": six.astype(np.float64)}
+    yield "weight's axes", {"weight": six.reshape(1, 6)}
+    yield "running mean within x", {"x": x, "running_mean": x.reshape(-1)[:6]}
+    yield "one running array", {"running_mean": six, "running_var": six}
+    yield "running within out", {"running_var": room[:6], "out": room[:-1].reshape(x.shape)}
+    yield "out's shape", {"out": np.empty((4, 6, 6), np.float32)}
+    yield "out's type", {"out": np.empty(x.shape)}
+    yield "out read-only", {"out": frozen}
+    yield "out half x", {"x": room[:-1].reshape(x.shape), "out": room[1:].reshape(x.shape)}
+    yield "weight within out", {"weight": room[:6], "out": room[:-1].reshape(x.shape)}
+    yield "eps", {"eps": float("nan")}
+    yield "eps of 0", {"eps": 0.0}
+    yield "momentum", {"momentum": None}
+    yield "backend", {"backend": "reference"}
+    yield "threads", {"num_threads": -1}
+    yield "threads as a bool", {"num_threads": True}
+
+
+@pytest.mark.parametrize("changed", [pytest.param(c, id=name) for name, c in doubts()])
+def test_in_doubt_the_long_way_looks(changed):
+    plain = {
+        "x": np.ones((4, 6, 5), np.float32), "out": None, "layout": "NCHW", "groups": 0,
+        "weight": None, "bias": None, "eps": 1e-5, "running_mean": None, "running_var": None,
+        "momentum": 0.1, "flags": 0, "return_stats": False, "backend": "native",
+        "num_threads": None,
+    }
+    assert native.whole_forward(backends.BATCH, *plain.values()) is not None
+    assert native.whole_forward(backends.BATCH, *(plain | changed).values()) is None
+
+
+@pytest.mark.parametrize("groups", [0, 4, -2, True, 2.0, "2", 1 << 70])
+def test_odd_groups_are_looked_at(groups):
+    x = np.ones((4, 6, 5), np.float32)
+    arguments = (None, None, 1e-5, None, None, 0.1, 0, False, "native", None)
+    assert native.whole_forward(backends.GROUP, x, None, "NCHW", groups, *arguments) is None
+
+
+def test_a_backward_in_doubt():
+    x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    _, stats = fastnorm.batch_norm(x, training=True, return_stats=True)
+
+    def whole(dy=x, x=x, stats=stats, weight=None, out=None):
+        return native.whole_backward(
+            backends.BATCH, dy, x, stats, "NCHW", 0, weight, out, 0, "native", None
+        )
+
+    assert whole() is not None
+    other = fastnorm.Statistics(stats.mean[:5], stats.var[:5], stats.rstd[:5])
+    room = np.empty(x.size + 1, np.float32)
+    for changed in (
+        {"dy": x.astype(np.float64)}, {"dy": x[:3]}, {"stats": other}, {"stats": None},
+        {"stats": fastnorm.Statistics(*(a.astype(np.float32) for a in (
+            stats.mean, stats.var, stats.rstd)))},
+        {"weight": np.ones(5, np.float32)}, {"out": x[:3].copy()},
+        {"dy": room[1:].reshape(x.shape), "out": room[:-1].reshape(x.shape)},
+    ):
+        assert whole(**changed) is None
