@@ -312,6 +312,25 @@ cdef int threads_of(object backend, object dtype, object num_threads) except -2:
     return num_threads
 
 
+cdef int kind_of(object array) except -1:
+    """NumPy's number of the type of an ndarray that kernels read; 0, which no such type has, where
+    it is in doubt."""
+    cdef int kind
+    if not cnp.PyArray_CheckExact(array):
+        return 0
+    kind = cnp.PyArray_TYPE(<cnp.ndarray> array)
+    if kind != cnp.NPY_FLOAT32 and array.dtype not in TABLE:
+        return 0
+    return kind if simple(array, kind) else 0
+
+
+cdef int kind_of_first(tuple arrays, int otherwise) except -1:
+    for array in arrays:
+        if array is not None:
+            return kind_of(array)
+    return otherwise
+
+
 cdef inline bint one_for_each(object array, int kind, int64_t size) noexcept:
     """Of the channels, or None."""
     return array is None or (simple(array, kind) and cnp.PyArray_NDIM(<cnp.ndarray> array) == 1
@@ -371,12 +390,11 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     cdef fastnorm_options options
     cdef fastnorm_forward_args args
     cdef cnp.npy_intp shape[64]
-    cdef int kind, threads, axes, status
+    cdef int kind, param_kind, threads, axes, status
     cdef bint given = flags & GIVEN_STATISTICS
-    if not cnp.PyArray_CheckExact(x):
-        return None
-    kind = cnp.PyArray_TYPE(<cnp.ndarray> x)
-    if (kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64) or not simple(x, kind):
+    kind = kind_of(x)
+    param_kind = kind_of_first((weight, bias, running_mean, running_var), kind)
+    if kind == 0 or param_kind == 0:
         return None
     if not PyFloat_CheckExact(eps) or not isfinite(<double> eps):
         return None
@@ -387,10 +405,10 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     if threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
         return None
     load_geometry(&sizes, found)
-    if not (one_for_each(weight, kind, sizes.g * sizes.k)
-            and one_for_each(bias, kind, sizes.g * sizes.k)
-            and one_for_each(running_mean, kind, sizes.g)
-            and one_for_each(running_var, kind, sizes.g)):
+    if not (one_for_each(weight, param_kind, sizes.g * sizes.k)
+            and one_for_each(bias, param_kind, sizes.g * sizes.k)
+            and one_for_each(running_mean, param_kind, sizes.g)
+            and one_for_each(running_var, param_kind, sizes.g)):
         return None
     if not may_receive(out, <cnp.ndarray> x, None):
         return None
@@ -418,6 +436,7 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     start(&options, threads)
     args.struct_size = sizeof(args)
     args.dtype = code(x)
+    args.param_dtype = code(weight) or code(bias) or code(running_mean) or code(running_var)
     args.flags = flags
     args.eps = eps
     args.momentum = momentum
@@ -451,11 +470,10 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, out, int flag
     cdef fastnorm_backward_args args
     cdef cnp.npy_intp shape[64]
     cdef cnp.npy_intp channels
-    cdef int kind, threads, axes, axis, status
-    if not cnp.PyArray_CheckExact(x) or type(stats) is not Statistics:
-        return None
-    kind = cnp.PyArray_TYPE(<cnp.ndarray> x)
-    if (kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64) or not simple(x, kind):
+    cdef int kind, param_kind, threads, axes, axis, status
+    kind = kind_of(x)
+    param_kind = kind_of_first((weight,), kind)
+    if kind == 0 or param_kind == 0 or type(stats) is not Statistics:
         return None
     threads = threads_of(backend, x.dtype, num_threads)
     found = sizes_of(norm, x, layout, groups)
@@ -463,7 +481,7 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, out, int flag
         return None
     load_geometry(&sizes, found)
     channels = sizes.g * sizes.k
-    if not (is_like(dy, <cnp.ndarray> x) and one_for_each(weight, kind, channels)
+    if not (is_like(dy, <cnp.ndarray> x) and one_for_each(weight, param_kind, channels)
             and may_receive(out, <cnp.ndarray> x, dy)
             and (out is None or apart_from(<cnp.ndarray> out, weight))):
         return None
@@ -483,12 +501,13 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, out, int flag
     if out is None:
         dx = cnp.PyArray_EMPTY(
             cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x), kind, 0)
-    dweight = cnp.PyArray_EMPTY(1, &channels, kind, 0)
-    dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, kind, 0)
+    dweight = cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
+    dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     memset(&args, 0, sizeof(args))
     start(&options, threads)
     args.struct_size = sizeof(args)
     args.dtype = code(x)
+    args.param_dtype = code(weight)
     args.flags = flags
     args.dy = data(dy)
     args.x = data(x)
