@@ -402,6 +402,8 @@ cdef inline void map_places(
     cdef vec d
     cdef batch now, later
     cdef int64_t p = 0, part = head(y, n, &streaming), step, e
+    # A line that is streamed in part is read, and written twice.
+    cdef int64_t stop = n - (n - part) % (64 // <int64_t> sizeof(stored)) if streaming else n
     one[0] = splat(hi[0])
     one[1] = splat(scale[0])
     one[2] = splat(shift[0])
@@ -421,14 +423,14 @@ cdef inline void map_places(
                               False, BATCH)
                     now = later
                     p += BATCH * WIDTH
-            while p + PAIR * WIDTH <= n:
+            while p + PAIR * WIDTH <= stop:
                 load_batch(&now, x + p, past(dy, p), ahead, PAIR)
                 e = p if each else 0
                 map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
                           past_weight(weight, p), past_weight(bias, p), one, dy != NULL, streaming,
                           PAIR)
                 p += PAIR * WIDTH
-            while p + WIDTH <= n:
+            while p + WIDTH <= stop:
                 load_batch(&now, x + p, past(dy, p), ahead, 1)
                 e = p if each else 0
                 map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
