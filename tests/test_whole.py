@@ -7,6 +7,7 @@ from test_grid import layouts, to_layout
 
 import fastnorm
 from fastnorm import backends, call
+from fastnorm.dtypes import TABLE
 
 native = backends.load("native")
 pytestmark = pytest.mark.skipif(isinstance(native, str), reason="no native library here")
@@ -74,6 +75,14 @@ def test_running_statistics_and_inference(monkeypatch):
         assert stats.given
         found.append([a.tobytes() for a in (y, z, *running, stats.mean, stats.rstd)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_default_eps_of_rms_norm(dtype, monkeypatch):
+    x = np.random.default_rng(0).normal(0, 1e-3, (3, 5)).astype(dtype)
+    wanted = fastnorm.rms_norm(x, 5, eps=float(TABLE[dtype].eps))
+    monkeypatch.setattr(call, "forward", forbid)
+    assert fastnorm.rms_norm(x, 5).tobytes() == wanted.tobytes()
 
 
 def doubts():

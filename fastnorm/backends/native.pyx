@@ -396,6 +396,8 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     param_kind = kind_of_first((weight, bias, running_mean, running_var), kind)
     if kind == 0 or param_kind == 0:
         return None
+    if eps is None and flags & NO_MEAN:
+        eps = float(TABLE[x.dtype].eps)  # RMS norm's default
     if not PyFloat_CheckExact(eps) or not isfinite(<double> eps):
         return None
     if not PyFloat_CheckExact(momentum) or not isfinite(<double> momentum):

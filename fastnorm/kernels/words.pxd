@@ -15,7 +15,7 @@ cdef extern from "words.h" nogil:
     enum:
         WIDTH  # values in a vec
         VECTORS  # in LANES values
-        NARROWED  # vectors that are best stored together
+        NARROWED  # vectors that a store rounds at once
         ROWS "FN_ROWS"  # sets whose statistics are found together
         NONE_VALID, SOME_VALID, ALL_VALID
     ctypedef float stored
@@ -95,7 +95,7 @@ cdef enum:
     FLUSH = 64
     SAMPLES = 8
     CHUNK = 4  # vectors of columns summed in registers
-    PAIR = 2
+    PAIR = 2  # vectors that are stored together
     BATCH = 4  # vectors loaded before the ones in front of them are stored
     STEP = 4  # rows of columns summed at a time, while the next ones are asked for
     RUN = 128  # values of a column summed in the working type before they meet a double
