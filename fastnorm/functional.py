@@ -118,8 +118,9 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2; ghost batches: Hoffer,
         Hubara and Soudry, "Train longer, generalize better", 2017.
     """
-    if activation is residual is mask is lengths is statistics is update is ghost_size is None and (
+    if activation is residual is mask is lengths is statistics is ghost_size is None and (
         convention == "torch" and nan_policy == "propagate"
+        and (update is None or update is training or running_mean is running_var is None)
     ):
         y = call.whole_forward(
             BATCH, x, out, layout, 0, weight, bias, eps, running_mean, running_var, momentum,
@@ -267,11 +268,11 @@ def batch_norm_backward(
         weight or a bias. With a residual GradientsWithResidual(dx, dweight, dbias, dresidual);
         without an activation dresidual is dy.
     """
-    if activation is residual is mask is lengths is bias is ghost_size is None and not (
-        from_output or out_residual is not None
+    if activation is residual is mask is lengths is ghost_size is out_residual is None and (
+        not from_output
     ):
         gradients = call.whole_backward(
-            BATCH, dy, x, stats, layout, 0, weight, out, 0, backend, num_threads
+            BATCH, dy, x, stats, layout, 0, weight, bias, out, 0, backend, num_threads
         )
         if gradients is not None:
             return gradients
@@ -418,9 +419,9 @@ def group_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape (C,), with a residual
         GradientsWithResidual.
     """
-    if activation is residual is mask is lengths is bias is out_residual is None:
+    if activation is residual is mask is lengths is out_residual is None:
         gradients = call.whole_backward(
-            GROUP, dy, x, stats, layout, num_groups, weight, out, 0, backend, num_threads
+            GROUP, dy, x, stats, layout, num_groups, weight, bias, out, 0, backend, num_threads
         )
         if gradients is not None:
             return gradients
@@ -521,9 +522,9 @@ def instance_norm_backward(
             bias=bias, residual=residual, out_residual=out_residual, activation=activation,
             negative_slope=negative_slope, approximate=approximate, mask=mask, lengths=lengths,
         )
-    if activation is residual is mask is lengths is bias is out_residual is None:
+    if activation is residual is mask is lengths is out_residual is None:
         gradients = call.whole_backward(
-            GROUP, dy, x, stats, layout, None, weight, out, 0, backend, num_threads
+            GROUP, dy, x, stats, layout, None, weight, bias, out, 0, backend, num_threads
         )
         if gradients is not None:
             return gradients

@@ -144,9 +144,9 @@ def layer_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape normalized_shape. dx is the gradient of
         the forward's x and of its residual.
     """
-    if activation is dsum is bias is axis is mask is lengths is None:
+    if activation is dsum is axis is mask is lengths is None:
         gradients = call.whole_backward(
-            ROWS, dy, x, stats, None, normalized_shape, weight, out, 0, backend, num_threads
+            ROWS, dy, x, stats, None, normalized_shape, weight, bias, out, 0, backend, num_threads
         )
         if gradients is not None:
             return gradients
@@ -237,7 +237,8 @@ def rms_norm_backward(
     """
     if activation is dsum is axis is mask is lengths is None:
         gradients = call.whole_backward(
-            ROWS, dy, x, stats, None, normalized_shape, weight, out, NO_MEAN, backend, num_threads
+            ROWS, dy, x, stats, None, normalized_shape, weight, None, out, NO_MEAN, backend,
+            num_threads,
         )
         if gradients is not None:
             return gradients

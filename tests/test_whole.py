@@ -85,6 +85,21 @@ def test_the_default_eps_of_rms_norm(dtype, monkeypatch):
     assert fastnorm.rms_norm(x, 5).tobytes() == wanted.tobytes()
 
 
+def test_layers_are_done_whole(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    fastnorm.rms_norm(x, 5)
+    monkeypatch.setattr(call, "forward", forbid)
+    monkeypatch.setattr(call, "backward", forbid)
+    for layer in (
+        fastnorm.BatchNorm1d(6), fastnorm.BatchNorm1d(6, track_running_stats=False),
+        fastnorm.InstanceNorm1d(6, affine=True), fastnorm.GroupNorm(3, 6), fastnorm.LayerNorm(5),
+        fastnorm.RMSNorm(5),
+    ):
+        layer(x)
+        assert layer.backward(x).shape == x.shape
+        layer.eval()(x)
+
+
 def doubts():
     x = np.ones((4, 6, 5), np.float32)
     six = np.ones(6, np.float32)
@@ -143,9 +158,9 @@ def test_a_backward_in_doubt():
     x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
     _, stats = fastnorm.batch_norm(x, training=True, return_stats=True)
 
-    def whole(dy=x, x=x, stats=stats, weight=None, out=None):
+    def whole(dy=x, x=x, stats=stats, weight=None, bias=None, out=None):
         return native.whole_backward(
-            backends.BATCH, dy, x, stats, "NCHW", 0, weight, out, 0, "native", None
+            backends.BATCH, dy, x, stats, "NCHW", 0, weight, bias, out, 0, "native", None
         )
 
     assert whole() is not None
@@ -155,7 +170,8 @@ def test_a_backward_in_doubt():
         {"dy": x.astype(np.float64)}, {"dy": x[:3]}, {"stats": other}, {"stats": None},
         {"stats": fastnorm.Statistics(*(a.astype(np.float32) for a in (
             stats.mean, stats.var, stats.rstd)))},
-        {"weight": np.ones(5, np.float32)}, {"out": x[:3].copy()},
+        {"weight": np.ones(5, np.float32)}, {"bias": np.ones(5, np.float32)},
+        {"out": x[:3].copy()},
         {"dy": room[1:].reshape(x.shape), "out": room[:-1].reshape(x.shape)},
     ):
         assert whole(**changed) is None

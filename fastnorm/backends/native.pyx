@@ -464,9 +464,10 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     return y if stats is None else (y, stats)
 
 
-def whole_backward(int norm, dy, x, stats, layout, groups, weight, out, int flags, backend,
+def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, int flags, backend,
                    num_threads):
-    """Gradients; None where something must be looked at."""
+    """Gradients; None where something must be looked at. bias matters to activations alone, but
+    one that does not fit is a slip."""
     cdef fastnorm_geometry sizes
     cdef fastnorm_options options
     cdef fastnorm_backward_args args
@@ -484,6 +485,7 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, out, int flag
     load_geometry(&sizes, found)
     channels = sizes.g * sizes.k
     if not (is_like(dy, <cnp.ndarray> x) and one_for_each(weight, param_kind, channels)
+            and one_for_each(bias, param_kind, channels)
             and may_receive(out, <cnp.ndarray> x, dy)
             and (out is None or apart_from(<cnp.ndarray> out, weight))):
         return None
