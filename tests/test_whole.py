@@ -131,6 +131,7 @@ def doubts():
     yield "eps of 0", {"eps": 0.0}
     yield "momentum", {"momentum": None}
     yield "backend", {"backend": "reference"}
+    yield "backend's type", {"backend": six}
     yield "threads", {"num_threads": -1}
     yield "threads as a bool", {"num_threads": True}
 

@@ -122,12 +122,24 @@ cdef inline bint apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     return first + cnp.PyArray_NBYTES(a) <= second or second + cnp.PyArray_NBYTES(b) <= first
 
 
+cdef inline bint is_like(object array, cnp.ndarray x) noexcept:
+    """Of x's type and shape, and simple."""
+    cdef int axis
+    if (not simple(array, cnp.PyArray_TYPE(x))
+            or cnp.PyArray_NDIM(<cnp.ndarray> array) != cnp.PyArray_NDIM(x)):
+        return False
+    for axis in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(<cnp.ndarray> array, axis) != cnp.PyArray_DIM(x, axis):
+            return False
+    return True
+
+
 def plain(cnp.ndarray x, out, tuple parameters, tuple beside=()):
     """Whether all arrays are contiguous, aligned and of one type, and `out`, where there is one,
     has x's shape, is writable and shares no memory but with the whole of x or of an array beside
     it, which have x's shape. x's type is one of the table. A quick yes: no means that call.py
     must look closer."""
-    cdef int kind = cnp.PyArray_TYPE(x), axis
+    cdef int kind = cnp.PyArray_TYPE(x)
     if not simple(x, kind):
         return False
     for array in parameters + beside:
@@ -135,12 +147,8 @@ def plain(cnp.ndarray x, out, tuple parameters, tuple beside=()):
             return False
     if out is None:
         return True
-    if (not simple(out, kind) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
-            or cnp.PyArray_NDIM(<cnp.ndarray> out) != cnp.PyArray_NDIM(x)):
+    if not is_like(out, x) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out):
         return False
-    for axis in range(cnp.PyArray_NDIM(x)):
-        if cnp.PyArray_DIM(<cnp.ndarray> out, axis) != cnp.PyArray_DIM(x, axis):
-            return False
     if data(out) != data(x) and not apart(<cnp.ndarray> out, x):
         return False
     for array in beside:
@@ -194,8 +202,8 @@ cdef void finish(int status) except *:
         raise ValueError(f"libfastnorm: {fastnorm_status_string(status).decode()}")
 
 
-def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_mean,
-            running_var, double momentum, int flags, int num_threads, fused=NOTHING):
+cpdef forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_mean,
+              running_var, double momentum, int flags, int num_threads, fused=NOTHING):
     cdef fastnorm_geometry sizes
     cdef fastnorm_options options
     cdef fastnorm_forward_args args
@@ -229,8 +237,8 @@ def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_m
     finish(status)
 
 
-def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
-             int num_threads, fused=NOTHING):
+cpdef backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
+               int num_threads, fused=NOTHING):
     cdef fastnorm_geometry sizes
     cdef fastnorm_options options
     cdef fastnorm_backward_args args
@@ -303,7 +311,7 @@ cdef int threads_of(object backend, object dtype, object num_threads) except -2:
         backend = config._default_backend
     if backend is None:
         backend = config._chosen.get(dtype)
-    if backend != "native":
+    if not PyUnicode_CheckExact(backend) or backend != "native":
         return -1
     if num_threads is None:
         return config._num_threads
@@ -341,17 +349,6 @@ cdef inline bint apart_from(cnp.ndarray a, object b) noexcept:
     return b is None or apart(a, <cnp.ndarray> b)
 
 
-cdef inline bint is_like(object array, cnp.ndarray x) noexcept:
-    cdef int axis
-    if (not simple(array, cnp.PyArray_TYPE(x))
-            or cnp.PyArray_NDIM(<cnp.ndarray> array) != cnp.PyArray_NDIM(x)):
-        return False
-    for axis in range(cnp.PyArray_NDIM(x)):
-        if cnp.PyArray_DIM(<cnp.ndarray> array, axis) != cnp.PyArray_DIM(x, axis):
-            return False
-    return True
-
-
 cdef inline bint may_receive(object out, cnp.ndarray x, object other) noexcept:
     """out is None, or like x, writable, and x or other or apart from them."""
     if out is None:
@@ -387,10 +384,8 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     """y, or (y, Statistics); None where something must be looked at. groups: None of instance norm,
     and normalized_shape of rows."""
     cdef fastnorm_geometry sizes
-    cdef fastnorm_options options
-    cdef fastnorm_forward_args args
     cdef cnp.npy_intp shape[64]
-    cdef int kind, param_kind, threads, axes, status
+    cdef int kind, param_kind, threads, axes
     cdef bint given = flags & GIVEN_STATISTICS
     kind = kind_of(x)
     param_kind = kind_of_first((weight, bias, running_mean, running_var), kind)
@@ -434,34 +429,15 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
     if out is None:
         y = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x),
                               kind, 0)
-    memset(&args, 0, sizeof(args))
-    start(&options, threads)
-    args.struct_size = sizeof(args)
-    args.dtype = code(x)
-    args.param_dtype = code(weight) or code(bias) or code(running_mean) or code(running_var)
-    args.flags = flags
-    args.eps = eps
-    args.momentum = momentum
-    args.x = data(x)
-    args.y = data(y)
-    args.weight = data(weight)
-    args.bias = data(bias)
-    args.running_mean = data(running_mean)
-    args.running_var = data(running_var)
-    stats = None
+    mean = var = rstd = None
     if return_stats:
         axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
         mean = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
         var = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
         rstd = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
-        args.mean = <double*> data(mean)
-        args.var = <double*> data(var)
-        args.rstd = <double*> data(rstd)
-        stats = Statistics(mean, var, rstd, given)
-    with nogil:
-        status = fastnorm_forward(&sizes, &args, &options)
-    finish(status)
-    return y if stats is None else (y, stats)
+    forward(found, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum,
+            flags, threads)
+    return (y, Statistics(mean, var, rstd, given)) if return_stats else y
 
 
 def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, int flags, backend,
@@ -469,11 +445,9 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
     """Gradients; None where something must be looked at. bias matters to activations alone, but
     one that does not fit is a slip."""
     cdef fastnorm_geometry sizes
-    cdef fastnorm_options options
-    cdef fastnorm_backward_args args
     cdef cnp.npy_intp shape[64]
     cdef cnp.npy_intp channels
-    cdef int kind, param_kind, threads, axes, axis, status
+    cdef int kind, param_kind, threads, axes, axis
     kind = kind_of(x)
     param_kind = kind_of_first((weight,), kind)
     if kind == 0 or param_kind == 0 or type(stats) is not Statistics:
@@ -507,21 +481,5 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
             cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x), kind, 0)
     dweight = cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
-    memset(&args, 0, sizeof(args))
-    start(&options, threads)
-    args.struct_size = sizeof(args)
-    args.dtype = code(x)
-    args.param_dtype = code(weight)
-    args.flags = flags
-    args.dy = data(dy)
-    args.x = data(x)
-    args.weight = data(weight)
-    args.mean = <double*> data(mean)
-    args.rstd = <double*> data(rstd)
-    args.dx = data(dx)
-    args.dweight = data(dweight)
-    args.dbias = data(dbias)
-    with nogil:
-        status = fastnorm_backward(&sizes, &args, &options)
-    finish(status)
+    backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads)
     return Gradients(dx, dweight, dbias)
