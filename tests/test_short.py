@@ -77,6 +77,20 @@ def test_nan_stays_where_it_is(dtype, engine, layout):
     assert np.array_equal(y.view(np.uint16)[~gaps], wanted.view(np.uint16)[~gaps])
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_nan_of_any_payload_stays_one(dtype, engine, layout):
+    """Rounded as a number, one whose bits are all set would come out as -0."""
+    weight = np.ones(3, np.float32)
+    weight.view(np.uint32)[1:] = 0x7FFFFFFF, 0xFFFFFFFF
+    x = np.ones((1, 3, 101), dtype)
+    if layout == "NHWC":
+        x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    y = through(x, weight, layout=layout, backend=engine).astype(np.float32)
+    y = np.moveaxis(y, -1, 1) if layout == "NHWC" else y
+    assert np.all(np.isnan(y[:, 1:]))
+    assert np.all(y[:, 0] == 1)
+
+
 @pytest.mark.parametrize("length", [1, 3, 15, 16, 17, 31, 33, 100])
 def test_nothing_behind_the_end_is_touched(dtype, engine, length):
     room = np.full(3 * length + 64, 7, dtype)

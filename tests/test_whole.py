@@ -85,6 +85,20 @@ def test_the_default_eps_of_rms_norm(dtype, monkeypatch):
     assert fastnorm.rms_norm(x, 5).tobytes() == wanted.tobytes()
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_running_statistics_of_samples(samples, monkeypatch):
+    x = np.random.default_rng(0).normal(3, 2, (samples, 4, 5)).astype(np.float32)
+    found = []
+    for whole in (call.whole_forward, lambda *_: None):
+        monkeypatch.setattr(call, "whole_forward", whole)
+        running = np.zeros(4, np.float32), np.ones(4, np.float32)
+        y = fastnorm.instance_norm(x, *running)
+        found.append([a.tobytes() for a in (y, *running)])
+    assert found[0] == found[1]
+    wanted = 0.9 + 0.1 * np.mean(np.var(x.astype(np.float64), axis=2, ddof=1), axis=0)
+    assert np.allclose(running[1], wanted, rtol=1e-6)
+
+
 def test_layers_are_done_whole(monkeypatch):
     x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
     fastnorm.rms_norm(x, 5)
