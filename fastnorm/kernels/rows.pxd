@@ -9,10 +9,9 @@ times faster at 7x7 than run by run).
 What lost, measured on one core with AVX-512: the sums of four rows of 768 before the first map
 (1.2 times as long), one row summed while another is mapped (0.75 to 0.95 of the time from the last
 cache, but 1.0 to 1.15 times in the second and 1.0 to 2 times streamed), asking for the next row
-early where sets are one run (1.0 to 1.1 times), and -funroll-loops (1.2 times in cache). In a
-backward of rows: four mapped together (0.86 at rows of 1000, 1.2 times where they are multiples of
-4096 bytes, whose lines drive each other out), and the parts of dweight merged by all threads (1.1
-to 1.3 times). Fused multiply-adds everywhere, which the same bits at x86-64-v2 forbid, would change
+early where sets are one run (1.0 to 1.1 times), asking for lines of y while x is summed (1.1 to
+1.15 times), and -funroll-loops (1.2 times in cache). In a backward of rows, the parts of dweight
+merged by all threads (1.1 to 1.3 times). Fused multiply-adds everywhere, which the same bits at x86-64-v2 forbid, would change
 nothing (0.99 to 1.03, in cache and out of it): loads, stores and the caches are the bound.
 
 Sums are taken tile by tile and added in the order of the tiles. Tiles depend on the geometry
@@ -67,7 +66,7 @@ cdef inline bint brief(const plan* p) noexcept nogil:
 cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     """Cut sets whose contiguous runs have n values into tiles and blocks."""
     cdef int64_t bytes = t.o * t.k * t.i * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
-    cdef int64_t blocks, threads = maximum(1, t.threads)
+    cdef int64_t blocks, rows, threads = maximum(1, t.threads)
     p.task = t
     p.sets = t.b * t.g
     p.n = n
@@ -91,7 +90,10 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
             p.group = maximum(1, minimum(p.group, (2 * SLAB if t.stream else SLAB) // n))
         p.block = maximum(1, t.g // (8 * threads) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
-    p.b_tiles = minimum(t.b if t.i > 1 else ceil_div(t.b, ROWS),
+    # What a part sums of dweight crosses from core to core: 0.5 to 0.9 of the time with fewer parts
+    # of a small x.
+    rows = ROWS if p.sets * t.k > TILE else 4 * ROWS
+    p.b_tiles = minimum(t.b if t.i > 1 else ceil_div(t.b, rows),
                         minimum(32, maximum(4, (1 << 16) // (t.g * t.k))))
     p.partial = <double*> t.scratch
 

@@ -237,76 +237,88 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
         first += sets
 
 
-cdef inline void backward_vec(
-    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t n,
-    const work* weight, const vec* hi, const vec* rstd, const vec* offset, const vec* scale,
-    const vec* shift, work* sum_w, work* sum_b, bint streaming, int64_t ahead, int rows, int vectors
+cdef struct row_terms:
+    # The terms of a few rows.
+    work hi[ROWS]
+    work rstd[ROWS]
+    work offset[ROWS]
+    work scale[ROWS]
+    work shift[ROWS]
+
+
+cdef inline void backward_columns(
+    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t rows,
+    int64_t n, const work* weight, const row_terms* c, int64_t first, work* sum_w, work* sum_b,
+    bint streaming, int64_t ahead, int vectors
 ) noexcept nogil:
-    """n = vectors*WIDTH columns, or fewer in one vec, of one or two rows."""
-    cdef vec a[PAIR]
-    cdef vec b[PAIR]
-    cdef vec w[PAIR]
-    cdef vec dx[PAIR]
-    cdef vec d, u
+    """n = vectors*WIDTH columns, or fewer in one vec, of some rows, `first` the first in c."""
+    cdef vec a[CHUNK]
+    cdef vec b[CHUNK]
+    cdef vec w[CHUNK]
+    cdef vec dx[CHUNK]
+    cdef vec d, u, hi, rstd, offset, scale, shift
     cdef bint whole = n == vectors * WIDTH
-    cdef int64_t at
-    cdef int r, v
+    cdef int64_t at, r
+    cdef int v
     for v in range(vectors):
         a[v] = load_work(sum_w + v * WIDTH)
         b[v] = load_work(sum_b + v * WIDTH)
         w[v] = load_work(weight + v * WIDTH) if whole else load_work_part(weight, n, 0)
-    for r in range(rows):
+    for r in range(first, first + rows):
+        hi = splat(c.hi[r])
+        rstd = splat(c.rstd[r])
+        offset = splat(c.offset[r])
+        scale = splat(c.scale[r])
+        shift = splat(c.shift[r])
         for v in range(vectors):
-            at = r * stride + v * WIDTH
+            at = v * WIDTH
             if ahead:
                 fetch(x + at + ahead)
                 fetch(dy + at + ahead)
-            d = (load(x + at) if whole else load_part(x + at, n, 0)) - hi[r]
+            d = (load(x + at) if whole else load_part(x + at, n, 0)) - hi
             u = load(dy + at) if whole else load_part(dy + at, n, 0)
-            a[v] = a[v] + u * (d * rstd[r] + offset[r])
+            a[v] = plus(u * (d * rstd + offset), a[v])
             b[v] = b[v] + u
-            d = d * scale[r] + shift[r] + u * w[v] * rstd[r]
+            d = d * scale + shift + u * w[v] * rstd
             if dsum != NULL:
                 d = d + (load(dsum + at) if whole else load_part(dsum + at, n, 0))
             dx[v] = d
         if whole:
-            put_all(y + r * stride, dx, streaming, vectors)
+            put_all(y, dx, streaming, vectors)
         else:
-            store_part(y + r * stride, n, dx[0])
+            store_part(y, n, dx[0])
+        x += stride
+        dy += stride
+        dsum = past(dsum, stride)
+        y += stride
     for v in range(vectors):
         memcpy(sum_w + v * WIDTH, &a[v], sizeof(vec))
         memcpy(sum_b + v * WIDTH, &b[v], sizeof(vec))
 
 
 cdef inline void backward_rows(
-    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t n,
-    const work* weight, const terms* c, work* sum_w, work* sum_b, bint streaming, int64_t ahead,
-    int rows
+    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t rows,
+    int64_t n, const work* weight, const row_terms* c, int64_t first, work* sum_w, work* sum_b,
+    bint streaming, int64_t ahead
 ) noexcept nogil:
-    """dx of n columns of one or two rows; dweight and dbias onto sum_w and sum_b, which have room
+    """dx of n columns of some rows; dweight and dbias onto sum_w and sum_b, which have room
     for whole vectors."""
-    cdef vec hi[2]
-    cdef vec rstd[2]
-    cdef vec offset[2]
-    cdef vec scale[2]
-    cdef vec shift[2]
-    cdef int64_t p = 0
-    cdef int r
-    for r in range(rows):
-        hi[r] = splat(c[r].hi)
-        rstd[r] = splat(<work> c[r].rstd)
-        offset[r] = splat(c[r].offset)
-        scale[r] = splat(c[r].scale)
-        shift[r] = splat(c[r].shift)
-    while NARROWED > 1 and p + PAIR * WIDTH <= n:
-        backward_vec(x + p, dy + p, past(dsum, p), y + p, stride, PAIR * WIDTH, weight + p, hi,
-                     rstd, offset, scale, shift, sum_w + p, sum_b + p, streaming, ahead, rows, PAIR)
-        p += PAIR * WIDTH
+    # Up to the first line of y that is streamed.
+    cdef int64_t p = 0, lead = minimum(n, until_aligned(y)) if streaming else 0, step
     while p < n:
-        backward_vec(x + p, dy + p, past(dsum, p), y + p, stride, minimum(WIDTH, n - p), weight + p,
-                     hi, rstd, offset, scale, shift, sum_w + p, sum_b + p,
-                     streaming and p + WIDTH <= n, ahead, rows, 1)
-        p += WIDTH
+        while p >= lead and p + CHUNK * WIDTH <= n:
+            backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, CHUNK * WIDTH,
+                             weight + p, c, first, sum_w + p, sum_b + p, streaming, ahead, CHUNK)
+            p += CHUNK * WIDTH
+        while p >= lead and p + PAIR * WIDTH <= n:
+            backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, PAIR * WIDTH,
+                             weight + p, c, first, sum_w + p, sum_b + p, streaming, ahead, PAIR)
+            p += PAIR * WIDTH
+        if p < n:
+            step = minimum(WIDTH, (lead if p < lead else n) - p)
+            backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, step, weight + p,
+                             c, first, sum_w + p, sum_b + p, False, ahead, 1)
+            p += step
 
 
 cdef inline void add_strip(const work* sums, int64_t n, bint first, double* into) noexcept nogil:
@@ -315,76 +327,112 @@ cdef inline void add_strip(const work* sums, int64_t n, bint first, double* into
         into[j] = <double> sums[j] if first else into[j] + <double> sums[j]
 
 
+cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows, const work* weight,
+                            row_terms* all) noexcept nogil:
+    """The sums of rows b to b + rows of group g, and what they are mapped with."""
+    cdef const fn_task* t = p.task
+    cdef const stored* x = <const stored*> t.x
+    cdef const stored* dy = <const stored*> t.dy
+    cdef terms c[ROWS]
+    cdef double s[ROWS]
+    cdef double q[ROWS]
+    cdef double sums[2]
+    cdef vec lanes_s[ROWS * VECTORS]
+    cdef vec lanes_q[ROWS * VECTORS]
+    cdef bint brief = t.k <= FLUSH * LANES
+    cdef work rstd
+    cdef int64_t at, r
+    for r in range(rows):
+        at = ((b + r) * t.g + g) * t.k
+        start_terms(t, (b + r) * t.g + g, &c[r])
+        if t.upstream != NULL:
+            rstd = <work> c[r].rstd
+            map_fused(t, at, t.k, &c[r].hi, &rstd, &c[r].offset, False, weight,
+                      <const work*> t.bias + g * t.k)
+        if brief:
+            sum_short(x + at, dy + at, weight, t.k, c[r].hi, lanes_s + r * VECTORS,
+                      lanes_q + r * VECTORS)
+        else:
+            sums[0] = sums[1] = 0
+            sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
+            s[r] = sums[0]
+            q[r] = sums[1]
+    if brief:
+        fold_rows(lanes_s, rows, s)
+        fold_rows(lanes_q, rows, q)
+    for r in range(rows):
+        finish_terms(p, (b + r) * t.g + g, s[r], q[r], &c[r], False)
+        all.hi[r] = c[r].hi
+        all.rstd[r] = <work> c[r].rstd
+        all.offset[r] = c[r].offset
+        all.scale[r] = c[r].scale
+        all.shift[r] = c[r].shift
+
+
+cdef inline void leave_row_back(const fn_task* t, int64_t at) noexcept nogil:
+    memset(<stored*> t.y + at, 0, t.k * sizeof(stored))
+    if t.upstream != NULL:
+        memset(<stored*> t.dy + at, 0, t.k * sizeof(stored))
+
+
 cdef void backward_elements(void* context, int64_t index) noexcept nogil:
     """i == 1 and o == 1: rows with a weight for each place; a part of b, one group."""
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
-    cdef terms c[ROWS]
+    cdef row_terms c
     cdef work sum_w[STRIP + MOST_WIDTH]
     cdef work sum_b[STRIP + MOST_WIDTH]
-    cdef double sums[2]
     cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k
-    cdef int64_t b, at, r, rows, k, n, ahead, done
-    cdef int64_t end = (b_tile + 1) * t.b // p.b_tiles
+    cdef int64_t b = b_tile * t.b // p.b_tiles, end = (b_tile + 1) * t.b // p.b_tiles
+    cdef int64_t at, r, rows, count, k, n, done, ahead
     # By the geometry alone: dweight meets a double after this many rows.
-    cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k))
-    # A few rows that are summed and then mapped are still in the first-level cache (0.93 at 768).
-    # Longer ones are mapped strip by strip.
-    cdef int64_t few = group if t.k > STRIP else maximum(2, 2 * STRIP // t.k), count
+    cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k)), step = ROWS, few
     cdef const stored* x = <const stored*> t.x
     cdef const stored* dy = <const stored*> t.dy
     cdef const stored* dsum = <const stored*> t.dsum
     cdef stored* y = <stored*> t.y
     cdef const work* weight = <const work*> t.weight + g * t.k
     cdef double* dweight = p.partial + 2 * b_tile * size + g * t.k
-    cdef work rstd
     cdef bint first = True
-    cdef bint stream = (t.stream and until_aligned(y) == 0
-                        and t.k * <int64_t> sizeof(stored) % 64 == 0)
-    b = b_tile * t.b // p.b_tiles
+    cdef bint lines = until_aligned(y) == 0 and t.k * <int64_t> sizeof(stored) % 64 == 0
+    cdef bint stream = t.stream and (lines or (t.k >= SHORT_RUN and until_aligned(y) >= 0))
+    # Rows mapped together, their sums of dweight in registers: all of a group (0.75 to 0.9 of the
+    # time two by two), but long ones that are streamed two by two, while they are in the
+    # first-level cache (all of them 1.05 to 1.15 times as long), or each alone where it starts
+    # anywhere in a line.
+    if stream and t.k >= SHORT_RUN:
+        step = 2 if lines else 1
+    few = step if t.k <= STRIP else group
     while b < end:
         rows = valid_rows(t, b, minimum(group, end - b))
         if rows == 0:
-            at = b * size + g * t.k
-            memset(y + at, 0, t.k * sizeof(stored))
-            if t.upstream != NULL:
-                memset(<stored*> t.dy + at, 0, t.k * sizeof(stored))
+            leave_row_back(t, b * size + g * t.k)
             b += 1
             continue
         ahead = group * size if t.stream and b + rows < end else 0
         done = 0
         while done < rows:
             count = minimum(few, rows - done)
-            for r in range(count):
-                at = (b + r) * size + g * t.k
-                start_terms(t, (b + r) * t.g + g, &c[r])
-                if t.upstream != NULL:
-                    rstd = <work> c[r].rstd
-                    map_fused(t, at, t.k, &c[r].hi, &rstd, &c[r].offset, False, weight,
-                              <const work*> t.bias + g * t.k)
-                sums[0] = sums[1] = 0
-                sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
-                finish_terms(p, (b + r) * t.g + g, sums[0], sums[1], &c[r], False)
+            find_terms(p, b + done, g, count, weight, &c)
             k = 0
             while k < t.k:
                 n = minimum(STRIP, t.k - k)
                 if done == 0:
                     memset(sum_w, 0, (n + MOST_WIDTH) * sizeof(work))
                     memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
-                at = b * size + g * t.k + k
-                for r in range(0, count - 1, 2):
-                    backward_rows(x + at, dy + at, past(dsum, at), y + at, size, n, weight + k,
-                                  c + r, sum_w, sum_b, stream, ahead, 2)
-                    at += 2 * size
-                if count % 2 == 1:
-                    backward_rows(x + at, dy + at, past(dsum, at), y + at, size, n, weight + k,
-                                  c + count - 1, sum_w, sum_b, stream, ahead, 1)
+                r = 0
+                while r < count:
+                    at = (b + done + r) * size + g * t.k + k
+                    backward_rows(x + at, dy + at, past(dsum, at), y + at, size,
+                                  minimum(step, count - r), n, weight + k, &c, r, sum_w, sum_b,
+                                  stream, ahead)
+                    r += step
                 if done + count == rows:
                     add_strip(sum_w, n, first, dweight + k)
                     add_strip(sum_b, n, first, dweight + size + k)
                 k += n
-            b += count
             done += count
+        b += rows
         first = False
     if first:
         memset(dweight, 0, t.k * sizeof(double))
