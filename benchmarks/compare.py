@@ -51,7 +51,7 @@ def view(cell):
     """The geometry of a cell."""
     n, c, *spatial = cell.shape
     if cell.op in ("layer", "rms"):
-        return geometry.rows(cell.shape, 1)
+        return geometry.across(cell.shape, 1, 2) if cell.layout else geometry.rows(cell.shape, 1)
     first = cell.layout != "NHWC"
     shape = cell.shape if first else (n, *spatial, c)
     if cell.op in ("group", "instance"):

@@ -21,7 +21,7 @@ class Sizes(ctypes.Structure):
 
 def sizes_of(cell):
     if cell.op in ("layer", "rms"):
-        return geometry.rows(cell.shape, 1)
+        return geometry.across(cell.shape, 1, 2) if cell.layout else geometry.rows(cell.shape, 1)
     first = cell.layout != "NHWC"
     shape = cell.shape if first else (cell.shape[0], *cell.shape[2:], cell.shape[1])
     if cell.op.startswith("batch"):

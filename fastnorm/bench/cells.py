@@ -12,6 +12,7 @@ ROWS = (
     (4096, 768), (16384, 768), (8192, 1024), (2048, 4096), (1024, 8192), (65536, 96), (64, 768),
     (16, 4096),
 )
+CONVNEXT = ((96, 56), (192, 28), (384, 14), (768, 7))  # layer norm over the channels
 VOLUMES = ((2, 32, 64, 64, 64), (2, 320, 8, 8, 8))
 ODD = ((32, 3, 224, 224), (16, 17, 56, 56), (16, 100, 13, 13), (1, 96, 9, 11))
 TINY = (1, 64, 8, 8)
@@ -22,7 +23,8 @@ QUICK = {(32, 64, 56, 56), (32, 512, 7, 7), (2, 320, 64, 64), (4096, 768), (16, 
 class Cell:
     """One operation on one shape, (N, C, *spatial) or (rows, columns).
 
-    op is batch, batch_eval, group, instance, layer or rms; layout is "" for rows. after is what
+    op is batch, batch_eval, group, instance, layer or rms; layout is "" for rows, and "NCHW" for a
+    layer norm over the channels of every place. after is what
     is computed in the same call: an activation, a residual (of rows: added first), or both.
     """
 
@@ -73,6 +75,7 @@ def cells(quick=False):
     add(("group",), images, [TINY, (2, 96, 17, 19)], 32)
     add(("instance",), images, [*VOLUMES, (2, 320, 64, 64), (8, 17, 56, 56)])
     add(("layer", "rms"), ("",), [*ROWS, (3000, 1000), (64, 64)])
+    add(("layer",), ("NCHW",), [(32, c, s, s) for c, s in CONVNEXT])
     blocks = [(32, c, s, s) for c, s in ((64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))]
     add(batches, images, [*blocks, (1, 256, 56, 56)], after=("residual", "relu"))
     add(("batch",), images, [(32, 64, 56, 56), (32, 256, 14, 14)], after=("relu",))

@@ -49,7 +49,8 @@ class Problem:
         self.out = aligned(shape, self.dtype)
         self.layout = cell.layout or "NCHW"
         self.axis = -1 if self.layout == "NHWC" else 1
-        self.rows = cell.op in ("layer", "rms")
+        self.rows = cell.op in ("layer", "rms") and not cell.layout
+        self.across = cell.op == "layer" and not self.rows
         self.residual = self.sum = None
         if "residual" in cell.after:
             self.residual = aligned(shape, self.dtype)
@@ -66,7 +67,9 @@ def native(problem, backend=None):
     """fastnorm, with out= and statistics kept."""
     p, cell = problem, problem.cell
     common = {"out": p.out, "num_threads": p.threads, "backend": backend}
-    if not p.rows:
+    if p.across:
+        common["axis"] = 1
+    elif not p.rows:
         common["layout"] = p.layout
     channels = cell.shape[1]
     fused = {"activation": p.activation}
@@ -108,12 +111,13 @@ def _torch_forward(problem, torch):
     f, cell = torch.nn.functional, problem.cell
     mean, var = _to_torch(problem.mean, torch), _to_torch(problem.var, torch)
     channels = (cell.shape[1],)
+    layer_norm = _over_channels(f.layer_norm) if problem.across else f.layer_norm
     forward = {
         "batch": lambda x, w, b: f.batch_norm(x, None, None, w, b, True),
         "batch_eval": lambda x, w, b: f.batch_norm(x, mean, var, w, b),
         "group": lambda x, w, b: f.group_norm(x, cell.groups, w, b),
         "instance": lambda x, w, b: f.instance_norm(x, weight=w, bias=b),
-        "layer": lambda x, w, b: f.layer_norm(x, channels, w, b),
+        "layer": lambda x, w, b: layer_norm(x, channels, w, b),
         "rms": lambda x, w, b: f.rms_norm(x, channels, w, 1e-5),
     }[cell.op]
     if not cell.after:
@@ -133,6 +137,13 @@ def _torch_forward(problem, torch):
         return activation(y, inplace=True)
 
     return fused
+
+
+def _over_channels(layer_norm):
+    """ConvNeXt's LayerNorm2d; y lies as x does."""
+    return lambda x, *args: (
+        layer_norm(x.permute(0, 2, 3, 1), *args).permute(0, 3, 1, 2).contiguous()
+    )
 
 
 def _to_torch(array, torch):
@@ -220,7 +231,7 @@ def _formula(problem, np_like):
 
     def forward(x, weight, bias):
         if cell.op == "layer":
-            return standard(x, -1) * weight + bias
+            return standard(x, axis) * weight.reshape(along) + bias.reshape(along)
         if cell.op == "rms":
             return x / np_like.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
         weight, bias = weight.reshape(along), bias.reshape(along)
@@ -273,7 +284,7 @@ _ONNX_OPERATORS = {
 def onnx_runtime(problem):
     """A model of one node, its output bound to the problem's; forwards of NCHW and rows only."""
     p, op = problem, problem.cell.op
-    if problem.cell.backward or p.layout == "NHWC" or op not in _ONNX_OPERATORS:
+    if problem.cell.backward or p.layout == "NHWC" or p.across or op not in _ONNX_OPERATORS:
         return None
     import onnx
     import onnxruntime

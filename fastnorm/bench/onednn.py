@@ -91,7 +91,9 @@ def onednn(problem):
     p, cell = problem, problem.cell
     kind = OPERATIONS.get(cell.op)
     create = f"{kind}_normalization_forward_primitive_desc_create"
-    if kind is None or p.x.dtype != np.float32 or not hasattr(library(), "dnnl_" + create):
+    if kind is None or p.across or p.x.dtype != np.float32:
+        return None
+    if not hasattr(library(), f"dnnl_{create}"):
         return None
     with_threads = ctypes.CDLL("libgomp.so.1").omp_set_num_threads
     with_threads(p.threads)
