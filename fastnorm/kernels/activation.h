@@ -11,7 +11,6 @@
 #include "words.h"
 
 #if defined(FN_TYPE_float64)
-typedef int64_t whole_vec __attribute__((vector_size(FN_VECTOR)));
 enum { MANTISSA = 52, BIAS = 1023 };
 #define LN2_HIGH 6.93147180369123816490e-01 /* its low 32 bits are 0, so that n*LN2_HIGH is exact */
 #define LN2_LOW 1.90821492927058770002e-10
@@ -22,7 +21,6 @@ static const double exp_powers[] = {
     1.0 / 120,     1.0 / 720,      1.0 / 5040,      1.0 / 40320,    1.0 / 362880,
     1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 #else
-typedef int32_t whole_vec __attribute__((vector_size(FN_VECTOR)));
 enum { MANTISSA = 23, BIAS = 127 };
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
@@ -34,12 +32,6 @@ static const float exp_powers[] = {1.0f,         1.0f,          0.49999994f,  0.
 
 enum { TOGETHER = 4 };
 #define EACH for (int j = 0; j < TOGETHER; j++)
-
-/* Where mask, a vector comparison, a, else b. */
-static inline vec choose(whole_vec mask, vec a, vec b)
-{
-    return (vec)((mask & (whole_vec)a) | (~mask & (whole_vec)b));
-}
 
 /* The larger, the smaller; v where it is NaN. */
 static inline vec at_least(vec v, work bound)
@@ -178,7 +170,7 @@ static inline void deactivate(vec *z, const vec *dy, int kind, work slope)
     vec gate[TOGETHER], change[TOGETHER];
     const vec one = splat(1);
     if (kind == FASTNORM_RELU) {
-        EACH z[j] = choose(z[j] <= splat(0), splat(0), dy[j]);
+        EACH z[j] = through_relu(z[j], dy[j]);
         return;
     }
     if (kind == FASTNORM_LEAKY_RELU) {

@@ -264,7 +264,8 @@ cdef inline void map_down(
         for v in range(vectors):
             if dy != NULL:
                 d = load(dy + v * WIDTH)
-            y_row[v] = mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL)
+            y_row[v] = mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL,
+                              NULL)
         put_all(y, y_row, streaming, vectors)
         x += vectors * WIDTH
         y += vectors * WIDTH

@@ -610,8 +610,12 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
         task.activation = args->activation;
         task.slope = args->negative_slope;
         task.residual = args->residual;
-        task.upstream = args->dy;
-        task.dy = args->dresidual ? args->dresidual : args->dx;
+        task.gated = args->activation == FASTNORM_RELU && !args->residual && !args->dresidual &&
+                     !args->mask && task.s == 1 && !in_columns(&task);
+        if (!task.gated) {
+            task.upstream = args->dy;
+            task.dy = args->dresidual ? args->dresidual : args->dx;
+        }
     }
     task.mean = (double *)args->mean; /* a backward only reads them */
     task.rstd = (double *)args->rstd;

@@ -51,30 +51,50 @@ cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at,
         map_fused(t, at + r * p.stride, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
 
 
+cdef inline void find_gate(const fn_task* t, int64_t set_, int64_t channel,
+                           vec* gate) noexcept nogil:
+    """The input of ReLU, from x - hi."""
+    cdef affine c = affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+    gate[0] = splat(c.scale)
+    gate[1] = splat(c.shift)
+
+
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
                              double* sums, bint masked) noexcept nogil:
     cdef int64_t r0, r1, p0, p1, at, r
+    cdef vec gate[2]
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
     if p.task.upstream != NULL:
         deactivate_channel(p, set_, k, at, r1 - r0, p1 - p0)
+    if p.task.gated:
+        find_gate(p.task, set_, set_ % p.task.g * p.task.k + k, gate)
+        sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
+                 p.stride, p1 - p0, hi, gate, sums)
+        return
     if not masked:
         sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
-                 p.stride, p1 - p0, hi, sums)
+                 p.stride, p1 - p0, hi, NULL, sums)
         return
     for r in range(r1 - r0):
         sum_valid(p.task, at + r * p.stride, p1 - p0, hi, sums)
 
 
-cdef inline void map_channel(const plan* p, int64_t start, int64_t channel, int64_t p0, int64_t p1,
-                             const terms* c, int64_t ahead, bint masked) noexcept nogil:
+cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t channel,
+                             int64_t p0, int64_t p1, const terms* c, int64_t ahead,
+                             bint masked) noexcept nogil:
     """Places [p0, p1) of the run at `start`, of one channel."""
     cdef const fn_task* t = p.task
     cdef int64_t at = start + p0
+    cdef vec gate[2]
     cdef work dscale = <work> (c.rstd * <double> (<const work*> t.weight)[channel])
-    if not masked:
+    if t.gated:
+        find_gate(t, set_, channel, gate)
         map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
-                c.hi, c.scale, c.shift, dscale, t.stream, ahead)
+                c.hi, c.scale, c.shift, dscale, gate, t.stream, ahead)
+    elif not masked:
+        map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
+                c.hi, c.scale, c.shift, dscale, NULL, t.stream, ahead)
     else:
         map_valid(t, at, p1 - p0, c.hi, c.scale, c.shift, dscale)
 
@@ -184,7 +204,7 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
                 channel = set_ % t.g * t.k
                 for s in range(set_, stop):
                     for _k in range(t.k):
-                        map_channel(p, start, channel, 0, p.n, &c[s - set_], ahead, masked)
+                        map_channel(p, s, start, channel, 0, p.n, &c[s - set_], ahead, masked)
                         start += t.i
                         channel += 1
             set_ = stop
@@ -354,7 +374,7 @@ cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows, c
                       lanes_q + r * VECTORS)
         else:
             sums[0] = sums[1] = 0
-            sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, sums)
+            sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, NULL, sums)
             s[r] = sums[0]
             q[r] = sums[1]
     if brief:
@@ -477,7 +497,7 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
         for k in range(k0, k1):
-            map_channel(p, set_start(t, set_) + k * t.i + r * p.stride, set_ % t.g * t.k + k, p0,
+            map_channel(p, set_, set_start(t, set_) + k * t.i + r * p.stride, set_ % t.g * t.k + k, p0,
                         p1, &c, 0, t.mask != NULL)
     if t.stream:
         stream_end()
@@ -505,10 +525,17 @@ cdef void backward_split(plan* p) noexcept nogil:
     fn_parallel_for(t, units, backward_tile_map, p, True)
 
 
-cdef public void rows_backward(const fn_task* t) noexcept nogil:
+cdef public void rows_backward(const fn_task* task) noexcept nogil:
     cdef plan p
+    cdef fn_task own = task[0]
+    cdef const fn_task* t = &own
     cdef int64_t size = t.g * t.k, j, tile
     cut(&p, t, t.i)
+    if t.gated and (t.i == 1 or brief(&p) or in_slabs(t)):
+        # Loops that have no gate find the gradient in front of the activation first.
+        own.gated = own.stream = 0
+        own.upstream = own.dy
+        own.dy = own.y
     p.blocks = ceil_div(t.g, p.block)
     for j in range(size):
         t.dweight[j] = t.dbias[j] = 0

@@ -38,7 +38,7 @@ cdef inline void sum_tile(const plan* p, int64_t set_, work about, int64_t tile,
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     if not masked:
         sum_runs(<const stored*> p.task.x + at + r0 * p.stride + p0, NULL, NULL, r1 - r0, p.stride,
-                 p1 - p0, about, sums)
+                 p1 - p0, about, NULL, sums)
     else:
         for r in range(r0, r1):
             sum_valid(p.task, at + r * p.stride + p0, p1 - p0, about, sums)
@@ -109,7 +109,7 @@ cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int
         map_fused(t, at, n, &hi, &scale, &shift, False, weight, bias)
     else:
         map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL,
-                   False, weight, bias, t.stream, ahead)
+                   False, weight, bias, NULL, t.stream, ahead)
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
@@ -129,7 +129,8 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
         if t.fused:
             map_fused(t, start + at, stop - at, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
         else:
-            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, t.stream, ahead)
+            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, NULL, t.stream,
+                    ahead)
         at = stop
 
 
@@ -151,7 +152,8 @@ cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const dou
                 map_fused(t, at + r * p.stride + s * p.n, p.n, &c[s].hi, &c[s].scale, &c[s].shift,
                           False, NULL, NULL)
             else:
-                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
+                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, NULL, t.stream,
+                        ahead)
             x += p.n
             y += p.n
 
@@ -224,7 +226,7 @@ cdef inline void map_set(const fn_task* t, int64_t set_, double mean, double rst
         map_fused(t, at, t.i, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
     else:
         map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, t.i, c.hi, c.scale, c.shift, 0,
-                t.stream, ahead)
+                NULL, t.stream, ahead)
 
 
 cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexcept nogil:
@@ -269,7 +271,7 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
                           lanes_q + r * VECTORS)
             else:
                 sums[0] = sums[1] = 0
-                sum_runs(x + r * p.n, NULL, NULL, 1, 0, p.n, about[r], sums)
+                sum_runs(x + r * p.n, NULL, NULL, 1, 0, p.n, about[r], NULL, sums)
                 s[r] = sums[0]
                 q[r] = sums[1]
         if brief:

@@ -22,6 +22,9 @@ typedef struct fn_task {
      * it is in front of the activation, and puts it at dy (the residual's gradient, or dx for the
      * time being); NULL where there is no activation. */
     int32_t activation;
+    /* A backward through ReLU alone: dy is the caller's, and what it is in front of the activation
+     * is found in registers, by the sums and by the map. */
+    int gated;
     double slope;
     const void *residual;
     const void *upstream;

@@ -62,6 +62,21 @@ static inline const work *past_weight(const work *x, int64_t n) { return x ? x +
 
 static inline vec splat(work value) { return value - (vec){0}; }
 
+#if defined(FN_TYPE_float64)
+typedef int64_t whole_vec __attribute__((vector_size(FN_VECTOR)));
+#else
+typedef int32_t whole_vec __attribute__((vector_size(FN_VECTOR)));
+#endif
+
+/* Where mask, a vector comparison, a, else b. */
+static inline vec choose(whole_vec mask, vec a, vec b)
+{
+    return (vec)((mask & (whole_vec)a) | (~mask & (whole_vec)b));
+}
+
+/* The gradient dy behind ReLU, in front of it, where its input was z. */
+static inline vec through_relu(vec z, vec dy) { return choose(z <= splat(0), splat(0), dy); }
+
 static inline vec load_work(const work *x)
 {
     vec v;

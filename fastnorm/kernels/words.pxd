@@ -25,6 +25,7 @@ cdef extern from "words.h" nogil:
     work on_grid(work value)
     vec splat(work value)
     vec plus(vec a, vec b)
+    vec through_relu(vec z, vec dy)
     vec load(const stored* x)
     vec load_work(const work* x)
     vec load_part(const stored* x, int64_t n, work fill)
@@ -56,6 +57,7 @@ cdef extern from "words.h" nogil:
         const void* weight
         const void* bias
         int activation
+        int gated
         double slope
         const void* residual
         const void* upstream
@@ -207,8 +209,8 @@ cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept n
 
 
 cdef inline void sum_step(
-    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill, vec* s,
-    vec* q
+    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
+    const vec* gate, vec* s, vec* q
 ) noexcept nogil:
     """LANES values; n of them where n is not LANES."""
     cdef vec a, d
@@ -228,21 +230,25 @@ cdef inline void sum_step(
                 a = load_part(dy + v * WIDTH, n - v * WIDTH, 0)
                 if weight != NULL:
                     a = a * load_work_part(weight + v * WIDTH, n - v * WIDTH, 0)
+        if gate != NULL:
+            a = through_relu(d * gate[0] + gate[1], a)
         s[v] = s[v] + a
         q[v] = plus(a * d, q[v])
 
 
 cdef inline void sum_lanes(
-    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill, vec* s,
-    vec* q
+    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
+    const vec* gate, vec* s, vec* q
 ) noexcept nogil:
     """sum_step over n values."""
     cdef int64_t p = 0
     while p + LANES <= n:
-        sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, about, fill, s, q)
+        sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, about, fill, gate, s,
+                 q)
         p += LANES
     if p < n:
-        sum_step(x + p, past(dy, p), past_weight(weight, p), n - p, about, fill, s, q)
+        sum_step(x + p, past(dy, p), past_weight(weight, p), n - p, about, fill, gate, s,
+                 q)
 
 
 cdef inline void sum_short(
@@ -255,7 +261,7 @@ cdef inline void sum_short(
     cdef int v
     for v in range(VECTORS):
         s[v] = q[v] = splat(0)
-    sum_lanes(x, dy, weight, n, splat(about), about, s, q)
+    sum_lanes(x, dy, weight, n, splat(about), about, NULL, s, q)
     for v in range(VECTORS):
         lanes_s[v] = s[v]
         lanes_q[v] = q[v]
@@ -263,13 +269,15 @@ cdef inline void sum_short(
 
 cdef inline void sum_runs(
     const stored* x, const stored* dy, const work* weight, int64_t runs, int64_t stride, int64_t n,
-    work about, double* sums
+    work about, const vec* gate, double* sums
 ) noexcept nogil:
     """Add to sums[0] and sums[1], over `runs` runs of n values, with d = x - about,
 
         d         and d*d          where dy is NULL
         dy        and dy*d         where weight is NULL
         dy*weight and dy*weight*d  with one weight for each place in the run
+
+    Where gate is not NULL, dy is taken back through ReLU, whose input was d*gate[0] + gate[1].
     """
     cdef vec s[VECTORS]
     cdef vec q[VECTORS]
@@ -286,7 +294,8 @@ cdef inline void sum_runs(
         while p < n:
             stop = minimum(n, p + FLUSH * LANES)
             steps += (stop - p + LANES - 1) // LANES
-            sum_lanes(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, s, q)
+            sum_lanes(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, gate,
+                      s, q)
             p = stop
             if steps >= FLUSH:
                 flush_lanes(s, total_s, flushed)
@@ -338,9 +347,13 @@ cdef inline void sum_runs_exact(
 # ---- one run, mapped ---------------------------------------------------------------------
 
 
-cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale,
-                       bint with_dy) noexcept nogil:
-    cdef vec y = (x - hi) * scale + shift
+cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale, bint with_dy,
+                       const vec* gate) noexcept nogil:
+    """gate as in sum_runs."""
+    cdef vec d = x - hi
+    cdef vec y = d * scale + shift
+    if gate != NULL:
+        dy = through_relu(d * gate[0] + gate[1], dy)
     if with_dy:
         y = y + dy * dscale
     return y
@@ -367,8 +380,8 @@ cdef inline void load_batch(batch* a, const stored* x, const stored* dy, int64_t
 
 cdef inline void map_batch(
     batch* a, stored* y, const work* hi, const work* scale, const work* shift, const work* dscale,
-    bint each, const work* weight, const work* bias, const vec* one, bint with_dy, bint streaming,
-    int vectors
+    bint each, const work* weight, const work* bias, const vec* one, bint with_dy, const vec* gate,
+    bint streaming, int vectors
 ) noexcept nogil:
     """`one` holds hi, scale, shift and dscale where one serves every place."""
     cdef int v, at
@@ -377,7 +390,7 @@ cdef inline void map_batch(
         a.x[v] = mapped(a.x[v], a.dy[v], load_work(hi + at) if each else one[0],
                         load_work(scale + at) if each else one[1],
                         load_work(shift + at) if each else one[2],
-                        load_work(dscale + at) if each and with_dy else one[3], with_dy)
+                        load_work(dscale + at) if each and with_dy else one[3], with_dy, gate)
         if weight != NULL:
             a.x[v] = a.x[v] * load_work(weight + at) + load_work(bias + at)
     put_all(y, a.x, streaming, vectors)
@@ -386,7 +399,7 @@ cdef inline void map_batch(
 cdef inline void map_places(
     const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
     const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
-    bint streaming, int64_t ahead
+    const vec* gate, bint streaming, int64_t ahead
 ) noexcept nogil:
     """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL; where weight is not NULL,
     that times weight plus bias.
@@ -420,22 +433,22 @@ cdef inline void map_places(
                     e = p if each else 0
                     map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e),
                               each, past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
-                              False, BATCH)
+                              gate, False, BATCH)
                     now = later
                     p += BATCH * WIDTH
             while p + PAIR * WIDTH <= stop:
                 load_batch(&now, x + p, past(dy, p), ahead, PAIR)
                 e = p if each else 0
                 map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
-                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, streaming,
-                          PAIR)
+                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, gate,
+                          streaming, PAIR)
                 p += PAIR * WIDTH
             while p + WIDTH <= stop:
                 load_batch(&now, x + p, past(dy, p), ahead, 1)
                 e = p if each else 0
                 map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
-                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, streaming,
-                          1)
+                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, gate,
+                          streaming, 1)
                 p += WIDTH
             part = n - p
         else:
@@ -449,7 +462,7 @@ cdef inline void map_places(
                 load_work_part(scale + p, step, 0) if each else one[1],
                 load_work_part(shift + p, step, 0) if each else one[2],
                 load_work_part(dscale + p, step, 0) if each and dy != NULL else one[3],
-                dy != NULL)
+                dy != NULL, gate)
             if weight != NULL:
                 d = (d * load_work_part(weight + p, step, 0)
                      + load_work_part(bias + p, step, 0))
@@ -460,9 +473,9 @@ cdef inline void map_places(
 
 cdef inline void map_run(
     const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
-    work dscale, bint streaming, int64_t ahead
+    work dscale, const vec* gate, bint streaming, int64_t ahead
 ) noexcept nogil:
-    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, streaming, ahead)
+    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, gate, streaming, ahead)
 
 
 cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
@@ -541,9 +554,9 @@ cdef inline void map_row(
 ) noexcept nogil:
     """map_run with coefficients for each place."""
     if dy == NULL:
-        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, streaming, 0)
+        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, streaming, 0)
     else:
-        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, streaming, 0)
+        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, streaming, 0)
 
 
 # ---- from sums to statistics -------------------------------------------------------------
