@@ -75,11 +75,11 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     # All rows of a run at once where the sums fit registers.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
     p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
-    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale;
+    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale and the gate;
     # then the rows that count of each copy.
     p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
                    + 2 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
-    p.slot = p.tiles * p.tile_slot + (4 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
+    p.slot = p.tiles * p.tile_slot + (6 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
     p.slot += MOST_COPIES * sizeof(int64_t)
     p.batch = minimum(t.b, maximum(1, (1 << 20) // p.slot))
 
@@ -102,8 +102,12 @@ cdef inline work* lanes_of(const plan* p, int64_t b, int64_t tile) noexcept nogi
 
 
 cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
-    """[4][padded]: about or hi, scale, shift, dscale."""
+    """[6][padded]: about or hi, scale, shift, dscale, and scale and shift of a gate."""
     return <work*> sums_of(p, b, p.tiles)
+
+
+cdef inline const work* gate_of(const plan* p, int64_t b) noexcept nogil:
+    return coefficients_of(p, b) + 4 * p.padded if p.task.gated else NULL
 
 
 cdef inline int64_t* counts_of(const plan* p, int64_t b) noexcept nogil:
@@ -178,7 +182,7 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
             memcpy(kept + c * p.channels, <const stored*> t.x + at + c * p.channels, bytes)
             if t.dy != NULL:
                 memcpy(kept_dy + c * p.channels, <const stored*> t.dy + at + c * p.channels, bytes)
-    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, about, s, q)
+    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, about, NULL, NULL, s, q)
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -190,6 +194,7 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef const stored* x = <const stored*> t.x + at
     cdef const stored* dy = past(<const stored*> t.dy, at)
     cdef const work* about = coefficients_of(p, b)
+    cdef const work* gate = gate_of(p, b)
     cdef double* total = sums_of(p, b, tile)
     cdef work* s = lanes_of(p, b, tile)
     cdef work* q = s + p.padded
@@ -202,8 +207,8 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         if t.upstream != NULL:
             map_fused_rows(p, b, row, count, 0, p.width)
         if whole > 0:
-            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about, s,
-                     q)
+            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about,
+                     gate, past_weight(gate, p.padded), s, q)
         elif p.copies > 1:
             sum_gaps(p, b, row, p.copies, about, s, q)
         row += count
@@ -219,7 +224,8 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         if t.upstream != NULL:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
         if t.mask == NULL:
-            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, s, q)
+            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, gate,
+                     past_weight(gate, p.padded), s, q)
         else:
             sum_gaps(p, b, stop, p.rest // p.channels, about, s, q)
         flush_columns(p.rest, s, total)
@@ -244,7 +250,8 @@ cdef void merge_tiles(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept
 
 cdef inline void map_down(
     const stored* x, const stored* dy, stored* y, int64_t rows, const work* hi, const work* scale,
-    const work* shift, const work* dscale, bint streaming, int vectors
+    const work* shift, const work* dscale, const work* gate_scale, const work* gate_shift,
+    bint streaming, int vectors
 ) noexcept nogil:
     """map_row for whole rows of a few vectors: the coefficients stay in registers."""
     cdef vec h[CHUNK]
@@ -252,6 +259,7 @@ cdef inline void map_down(
     cdef vec b[CHUNK]
     cdef vec c[CHUNK]
     cdef vec y_row[CHUNK]
+    cdef vec gates[2 * CHUNK]
     cdef vec d = splat(0)
     cdef int64_t _row
     cdef int v
@@ -260,29 +268,32 @@ cdef inline void map_down(
         a[v] = load_work(scale + v * WIDTH)
         b[v] = load_work(shift + v * WIDTH)
         c[v] = d if dy == NULL else load_work(dscale + v * WIDTH)
+        if gate_scale != NULL:
+            gates[2 * v] = load_work(gate_scale + v * WIDTH)
+            gates[2 * v + 1] = load_work(gate_shift + v * WIDTH)
     for _row in range(rows):
         for v in range(vectors):
             if dy != NULL:
                 d = load(dy + v * WIDTH)
             y_row[v] = mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL,
-                              NULL)
+                              NULL if gate_scale == NULL else gates + 2 * v)
         put_all(y, y_row, streaming, vectors)
         x += vectors * WIDTH
         y += vectors * WIDTH
         dy = past(dy, vectors * WIDTH)
 
 
-cdef inline void map_part(const plan* p, int64_t row, int64_t c, int64_t n,
-                          const work* hi) noexcept nogil:
+cdef inline void map_part(const plan* p, int64_t row, int64_t c, int64_t n, const work* hi,
+                          const work* gate) noexcept nogil:
     """Columns [c, c + n) of the row that starts at `row`."""
     cdef const fn_task* t = p.task
     map_row(<const stored*> t.x + row + c, past(<const stored*> t.dy, row + c),
             <stored*> t.y + row + c, n, hi + c, hi + p.padded + c, hi + 2 * p.padded + c,
-            hi + 3 * p.padded + c, False)
+            hi + 3 * p.padded + c, past_weight(gate, c), past_weight(gate, p.padded + c), False)
 
 
 cdef inline void map_rows_down(
-    const plan* p, int64_t at, int64_t rows, const work* hi, int vectors
+    const plan* p, int64_t at, int64_t rows, const work* hi, const work* gate, int vectors
 ) noexcept nogil:
     """Rows of `vectors` vectors. Where y is streamed and does not start at a line, whole lines from
     there on are rows too, with the coefficients turned by as much."""
@@ -291,19 +302,20 @@ cdef inline void map_rows_down(
     cdef bint streaming = t.stream and until_aligned(y + at) >= 0
     cdef int64_t first = until_aligned(y + at) if streaming else 0, last = at + rows * p.width, c
     cdef const stored* dy = past(<const stored*> t.dy, at + first)
-    cdef work turned[4][CHUNK * MOST_WIDTH]
+    cdef int64_t arrays = 4 if gate == NULL else 6
+    cdef work turned[6][CHUNK * MOST_WIDTH]
     if first == 0:
         map_down(<const stored*> t.x + at, dy, y + at, rows, hi, hi + p.padded, hi + 2 * p.padded,
-                 hi + 3 * p.padded, streaming, vectors)
+                 hi + 3 * p.padded, gate, past_weight(gate, p.padded), streaming, vectors)
         return
     first = first % p.width
-    for c in range(4):
+    for c in range(arrays):
         memcpy(turned[c], hi + c * p.padded + first, (p.width - first) * sizeof(work))
         memcpy(turned[c] + p.width - first, hi + c * p.padded, first * sizeof(work))
-    map_part(p, at, 0, first, hi)
+    map_part(p, at, 0, first, hi, gate)
     map_down(<const stored*> t.x + at + first, dy, y + at + first, rows - 1, turned[0], turned[1],
-             turned[2], turned[3], True, vectors)
-    map_part(p, last - p.width, first, p.width - first, hi)
+             turned[2], turned[3], NULL if gate == NULL else turned[4], turned[5], True, vectors)
+    map_part(p, last - p.width, first, p.width - first, hi, gate)
 
 
 cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) noexcept nogil:
@@ -313,18 +325,20 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) no
     cdef const work* scale = hi + p.padded
     cdef const work* shift = scale + p.padded
     cdef const work* dscale = shift + p.padded
+    cdef const work* gate = gate_of(p, b)
     if p.width == 4 * WIDTH:
-        map_rows_down(p, at, stop - row, hi, 4)
+        map_rows_down(p, at, stop - row, hi, gate, 4)
         return
     if p.width == 3 * WIDTH:
-        map_rows_down(p, at, stop - row, hi, 3)
+        map_rows_down(p, at, stop - row, hi, gate, 3)
         return
     while c < p.width:
         n = minimum(STRIP, p.width - c)
         at = b * t.o * p.channels + row * p.width + c
         for _r in range(row, stop):
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n,
-                    hi + c, scale + c, shift + c, dscale + c, t.stream)
+                    hi + c, scale + c, shift + c, dscale + c, past_weight(gate, c),
+                    past_weight(gate, p.padded + c), t.stream)
             at += p.width
         c += n
 
@@ -338,7 +352,7 @@ cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept no
         memset(<stored*> t.y + at, 0, n * sizeof(stored))
         return
     map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n, hi,
-            hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, False)
+            hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, NULL, NULL, False)
     blank_gaps(t, <stored*> t.y + at, at, n)
 
 
@@ -348,6 +362,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef int64_t rest = p.rest if tile == p.tiles - 1 else 0
     cdef int64_t at = (b + 1) * t.o * p.channels - rest, n, c = 0
     cdef const work* hi = coefficients_of(p, b)
+    cdef const work* gate = gate_of(p, b)
     if t.dy == NULL and (t.activation != 0 or t.residual != NULL):
         while c < p.width:
             n = minimum(STRIP, p.width - c)
@@ -359,7 +374,8 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         map_whole_rows(p, b, row, stop)
         if rest > 0:
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    rest, hi, hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, t.stream)
+                    rest, hi, hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, gate,
+                    past_weight(gate, p.padded), t.stream)
     else:
         while row < stop:
             n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies
@@ -683,6 +699,7 @@ cdef public void columns_forward(const fn_task* t) noexcept nogil:
 cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef work* hi = coefficients_of(p, b)
+    cdef work* z
     cdef const double* mean = t.mean + b * t.g
     cdef int64_t c, channel, g, r
     cdef double scale, lo
@@ -697,16 +714,18 @@ cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
                 hi[c] = <work> mean[g]
     for r in range(1, p.copies):
         memcpy(hi + r * p.channels, hi, p.channels * sizeof(work))
-    if t.upstream == NULL:
+    if t.upstream == NULL and not t.gated:
         return
-    # A forward's coefficients, from what it found, in the places that finish_backward fills.
+    # A forward's coefficients, from what it found: those of the gate, or in the places that
+    # finish_backward fills.
+    z = hi + 4 * p.padded if t.gated else hi + p.padded
     for c in range(c0, c1):
         channel = c % p.channels
         g = b * t.g + channel // t.k
         scale = t.rstd[g] * <double> (<const work*> t.weight)[channel]
         lo = t.mean[g] - <double> hi[c] if t.has_mean else 0
-        hi[p.padded + c] = <work> scale
-        hi[2 * p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
+        z[c] = <work> scale
+        z[p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
 
 
 cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:

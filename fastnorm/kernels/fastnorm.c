@@ -611,7 +611,7 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
         task.slope = args->negative_slope;
         task.residual = args->residual;
         task.gated = args->activation == FASTNORM_RELU && !args->residual && !args->dresidual &&
-                     !args->mask && task.s == 1 && !in_columns(&task);
+                     !args->mask && task.s == 1;
         if (!task.gated) {
             task.upstream = args->dy;
             task.dy = args->dresidual ? args->dresidual : args->dx;

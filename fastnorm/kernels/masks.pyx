@@ -77,7 +77,7 @@ cdef public void map_valid(const fn_task* t, int64_t at, int64_t n, work hi, wor
             memset(y + at, 0, count * sizeof(stored))
         else:
             map_run(<const stored*> t.x + at, <const stored*> t.dy + at, y + at, count, hi, scale,
-                    shift, dscale, NULL, t.stream and valid == ALL_VALID, 0)
+                    shift, dscale, t.stream and valid == ALL_VALID, 0)
         if valid == SOME_VALID:
             blank_gaps(t, y + at, at, count)
         at += count

@@ -161,6 +161,8 @@ cdef struct slab:
     work s[2 * SLAB + 16]
     work q[2 * SLAB + 16]
     work d[2 * SLAB + 16]
+    work gate_scale[2 * SLAB + 16]
+    work gate_shift[2 * SLAB + 16]
 
 
 cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
@@ -188,6 +190,9 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
                            double* sums) noexcept nogil:
     """sums[set] = as in sum_runs, about w.hi."""
     cdef int64_t row = 0, stop, count, s
+    cdef const work* gate_scale = NULL
+    if p.task.gated:
+        gate_scale = w.gate_scale
     memset(sums, 0, 2 * sets * sizeof(double))
     while row < p.task.o:
         memset(w.s, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
@@ -196,7 +201,7 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
         while row < stop:
             count = minimum(STEP, stop - row)
             sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n,
-                     w.hi, w.s, w.q)
+                     w.hi, gate_scale, w.gate_shift, w.s, w.q)
             row += count
         for s in range(sets):
             sums[2 * s] += sum_places(w.s + s * p.n, p.n)
@@ -205,13 +210,16 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
 
 cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, const slab* w) noexcept nogil:
     cdef const fn_task* t = p.task
+    cdef const work* gate_scale = NULL
     cdef int64_t _r
+    if t.gated:
+        gate_scale = w.gate_scale
     for _r in range(t.o):
         if t.dy == NULL and t.fused:
             map_fused(t, at, sets * p.n, w.hi, w.s, w.q, True, NULL, NULL)
         else:
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    sets * p.n, w.hi, w.s, w.q, w.d, t.stream)
+                    sets * p.n, w.hi, w.s, w.q, w.d, gate_scale, w.gate_shift, t.stream)
         at += p.stride
     if t.stream:
         stream_end()

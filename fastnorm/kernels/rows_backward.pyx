@@ -40,35 +40,35 @@ cdef inline void finish_terms(const plan* p, int64_t set_, double gy, double gyd
     c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
 
 
+cdef inline affine gate_of(const fn_task* t, int64_t set_, int64_t channel) noexcept nogil:
+    """The input of the activation."""
+    return affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+
+
 cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at, int64_t runs,
                              int64_t n) noexcept nogil:
     """dy of some runs of a channel, from `at` on, taken back through the activation."""
     cdef const fn_task* t = p.task
     cdef affine c
     cdef int64_t r
-    c = affine_of(t, set_ % t.g * t.k + k, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+    c = gate_of(t, set_, set_ % t.g * t.k + k)
     for r in range(runs):
         map_fused(t, at + r * p.stride, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
-
-
-cdef inline void find_gate(const fn_task* t, int64_t set_, int64_t channel,
-                           vec* gate) noexcept nogil:
-    """The input of ReLU, from x - hi."""
-    cdef affine c = affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
-    gate[0] = splat(c.scale)
-    gate[1] = splat(c.shift)
 
 
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
                              double* sums, bint masked) noexcept nogil:
     cdef int64_t r0, r1, p0, p1, at, r
+    cdef affine z
     cdef vec gate[2]
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
     if p.task.upstream != NULL:
         deactivate_channel(p, set_, k, at, r1 - r0, p1 - p0)
     if p.task.gated:
-        find_gate(p.task, set_, set_ % p.task.g * p.task.k + k, gate)
+        z = gate_of(p.task, set_, set_ % p.task.g * p.task.k + k)
+        gate[0] = splat(z.scale)
+        gate[1] = splat(z.shift)
         sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
                  p.stride, p1 - p0, hi, gate, sums)
         return
@@ -86,15 +86,16 @@ cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t
     """Places [p0, p1) of the run at `start`, of one channel."""
     cdef const fn_task* t = p.task
     cdef int64_t at = start + p0
-    cdef vec gate[2]
     cdef work dscale = <work> (c.rstd * <double> (<const work*> t.weight)[channel])
+    cdef affine gate
     if t.gated:
-        find_gate(t, set_, channel, gate)
-        map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
-                c.hi, c.scale, c.shift, dscale, gate, t.stream, ahead)
+        gate = gate_of(t, set_, channel)
+        map_places(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
+                   &c.hi, &c.scale, &c.shift, &dscale, False, NULL, NULL, &gate.scale, &gate.shift,
+                   t.stream, ahead)
     elif not masked:
         map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
-                c.hi, c.scale, c.shift, dscale, NULL, t.stream, ahead)
+                c.hi, c.scale, c.shift, dscale, t.stream, ahead)
     else:
         map_valid(t, at, p1 - p0, c.hi, c.scale, c.shift, dscale)
 
@@ -234,15 +235,15 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
         for s in range(sets):
             start_terms(t, first + s, &c[s])
             fill(w.hi + s * p.n, p.n, c[s].hi)
-        if t.upstream != NULL:
+        if t.upstream != NULL or t.gated:
             for s in range(sets):
-                z = affine_of(t, first + s, t.mean[first + s] if t.has_mean else 0,
-                              t.rstd[first + s])
-                fill(w.s + s * p.n, p.n, z.scale)
-                fill(w.q + s * p.n, p.n, z.shift)
+                z = gate_of(t, first + s, first + s)
+                fill(w.gate_scale + s * p.n, p.n, z.scale)
+                fill(w.gate_shift + s * p.n, p.n, z.shift)
+        if t.upstream != NULL:
             for s in range(t.o):
-                map_fused(t, first * p.n + s * p.stride, sets * p.n, w.hi, w.s, w.q, True, NULL,
-                          NULL)
+                map_fused(t, first * p.n + s * p.stride, sets * p.n, w.hi, w.gate_scale,
+                          w.gate_shift, True, NULL, NULL)
         sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
                   &w, sums)
         for s in range(sets):
@@ -531,7 +532,7 @@ cdef public void rows_backward(const fn_task* task) noexcept nogil:
     cdef const fn_task* t = &own
     cdef int64_t size = t.g * t.k, j, tile
     cut(&p, t, t.i)
-    if t.gated and (t.i == 1 or brief(&p) or in_slabs(t)):
+    if t.gated and (t.i == 1 or brief(&p)):
         # Loops that have no gate find the gradient in front of the activation first.
         own.gated = own.stream = 0
         own.upstream = own.dy

@@ -109,7 +109,7 @@ cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int
         map_fused(t, at, n, &hi, &scale, &shift, False, weight, bias)
     else:
         map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL,
-                   False, weight, bias, NULL, t.stream, ahead)
+                   False, weight, bias, NULL, NULL, t.stream, ahead)
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
@@ -129,8 +129,7 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
         if t.fused:
             map_fused(t, start + at, stop - at, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
         else:
-            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, NULL, t.stream,
-                    ahead)
+            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, t.stream, ahead)
         at = stop
 
 
@@ -152,8 +151,7 @@ cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const dou
                 map_fused(t, at + r * p.stride + s * p.n, p.n, &c[s].hi, &c[s].scale, &c[s].shift,
                           False, NULL, NULL)
             else:
-                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, NULL, t.stream,
-                        ahead)
+                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
             x += p.n
             y += p.n
 
@@ -226,7 +224,7 @@ cdef inline void map_set(const fn_task* t, int64_t set_, double mean, double rst
         map_fused(t, at, t.i, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
     else:
         map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, t.i, c.hi, c.scale, c.shift, 0,
-                NULL, t.stream, ahead)
+                t.stream, ahead)
 
 
 cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexcept nogil:

@@ -380,17 +380,22 @@ cdef inline void load_batch(batch* a, const stored* x, const stored* dy, int64_t
 
 cdef inline void map_batch(
     batch* a, stored* y, const work* hi, const work* scale, const work* shift, const work* dscale,
-    bint each, const work* weight, const work* bias, const vec* one, bint with_dy, const vec* gate,
-    bint streaming, int vectors
+    bint each, const work* weight, const work* bias, const vec* one, bint with_dy,
+    const work* gate_scale, const work* gate_shift, bint streaming, int vectors
 ) noexcept nogil:
-    """`one` holds hi, scale, shift and dscale where one serves every place."""
+    """`one` holds hi, scale, shift, dscale and the gate where one serves every place."""
+    cdef vec gate[2]
     cdef int v, at
     for v in range(vectors):
         at = v * WIDTH
+        if gate_scale != NULL:
+            gate[0] = load_work(gate_scale + at) if each else one[4]
+            gate[1] = load_work(gate_shift + at) if each else one[5]
         a.x[v] = mapped(a.x[v], a.dy[v], load_work(hi + at) if each else one[0],
                         load_work(scale + at) if each else one[1],
                         load_work(shift + at) if each else one[2],
-                        load_work(dscale + at) if each and with_dy else one[3], with_dy, gate)
+                        load_work(dscale + at) if each and with_dy else one[3], with_dy,
+                        NULL if gate_scale == NULL else gate)
         if weight != NULL:
             a.x[v] = a.x[v] * load_work(weight + at) + load_work(bias + at)
     put_all(y, a.x, streaming, vectors)
@@ -399,10 +404,11 @@ cdef inline void map_batch(
 cdef inline void map_places(
     const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
     const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
-    const vec* gate, bint streaming, int64_t ahead
+    const work* gate_scale, const work* gate_shift, bint streaming, int64_t ahead
 ) noexcept nogil:
     """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL; where weight is not NULL,
-    that times weight plus bias.
+    that times weight plus bias; where gate_scale is not NULL, with dy taken back through ReLU, whose
+    input was (x - hi)*gate_scale + gate_shift.
 
     weight and bias have a value for each place; the others have with `each`, and otherwise one.
     With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
@@ -411,7 +417,8 @@ cdef inline void map_places(
     A batch is loaded before the one in front of it is stored: where y lies a little behind x
     modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
     cache). Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
-    cdef vec one[4]
+    cdef vec one[6]
+    cdef vec gate[2]
     cdef vec d
     cdef batch now, later
     cdef int64_t p = 0, part = head(y, n, &streaming), step, e
@@ -421,6 +428,9 @@ cdef inline void map_places(
     one[1] = splat(scale[0])
     one[2] = splat(shift[0])
     one[3] = d = splat(0 if dy == NULL else dscale[0])
+    if gate_scale != NULL:
+        one[4] = splat(gate_scale[0])
+        one[5] = splat(gate_shift[0])
     while p < n:
         if part == 0:
             if not streaming and p + BATCH * WIDTH <= n and (
@@ -433,22 +443,22 @@ cdef inline void map_places(
                     e = p if each else 0
                     map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e),
                               each, past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
-                              gate, False, BATCH)
+                              past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
                     now = later
                     p += BATCH * WIDTH
             while p + PAIR * WIDTH <= stop:
                 load_batch(&now, x + p, past(dy, p), ahead, PAIR)
                 e = p if each else 0
                 map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
-                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, gate,
-                          streaming, PAIR)
+                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+                          past_weight(gate_scale, e), past_weight(gate_shift, e), streaming, PAIR)
                 p += PAIR * WIDTH
             while p + WIDTH <= stop:
                 load_batch(&now, x + p, past(dy, p), ahead, 1)
                 e = p if each else 0
                 map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
-                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL, gate,
-                          streaming, 1)
+                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+                          past_weight(gate_scale, e), past_weight(gate_shift, e), streaming, 1)
                 p += WIDTH
             part = n - p
         else:
@@ -456,13 +466,16 @@ cdef inline void map_places(
             step = minimum(part, WIDTH)
             if dy != NULL:
                 d = load_part(dy + p, step, 0)
+            if gate_scale != NULL:
+                gate[0] = load_work_part(gate_scale + p, step, 0) if each else one[4]
+                gate[1] = load_work_part(gate_shift + p, step, 0) if each else one[5]
             d = mapped(
                 load_part(x + p, step, hi[0]), d,
                 load_work_part(hi + p, step, 0) if each else one[0],
                 load_work_part(scale + p, step, 0) if each else one[1],
                 load_work_part(shift + p, step, 0) if each else one[2],
                 load_work_part(dscale + p, step, 0) if each and dy != NULL else one[3],
-                dy != NULL, gate)
+                dy != NULL, NULL if gate_scale == NULL else gate)
             if weight != NULL:
                 d = (d * load_work_part(weight + p, step, 0)
                      + load_work_part(bias + p, step, 0))
@@ -473,9 +486,10 @@ cdef inline void map_places(
 
 cdef inline void map_run(
     const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
-    work dscale, const vec* gate, bint streaming, int64_t ahead
+    work dscale, bint streaming, int64_t ahead
 ) noexcept nogil:
-    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, gate, streaming, ahead)
+    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, NULL, NULL, streaming,
+               ahead)
 
 
 cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
@@ -493,8 +507,8 @@ cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
 
 
 cdef inline void sum_columns(
-    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about, int64_t n,
-    work* s, work* q, int vectors
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about,
+    const work* gate_scale, const work* gate_shift, int64_t n, work* s, work* q, int vectors
 ) noexcept nogil:
     """Add to s and q the terms of sum_runs down n = vectors*WIDTH columns, or fewer in one vec.
 
@@ -503,6 +517,8 @@ cdef inline void sum_columns(
     cdef vec a[CHUNK]
     cdef vec c[CHUNK]
     cdef vec k[CHUNK]
+    cdef vec g[CHUNK]
+    cdef vec h[CHUNK]
     cdef vec d, e
     cdef bint whole = n == vectors * WIDTH
     cdef int64_t _row
@@ -511,6 +527,9 @@ cdef inline void sum_columns(
         k[v] = load_work(about + v * WIDTH)
         a[v] = load_work(s + v * WIDTH)
         c[v] = load_work(q + v * WIDTH)
+        if gate_scale != NULL:
+            g[v] = load_work(gate_scale + v * WIDTH)
+            h[v] = load_work(gate_shift + v * WIDTH)
     for _row in range(rows):
         for v in range(vectors):
             d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
@@ -521,6 +540,8 @@ cdef inline void sum_columns(
                     fetch(dy + v * WIDTH + rows * stride)
             if dy != NULL:
                 e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
+            if gate_scale != NULL:
+                e = through_relu(d * g[v] + h[v], e)
             a[v] = a[v] + e
             c[v] = plus(e * d, c[v])
         x += stride
@@ -532,31 +553,40 @@ cdef inline void sum_columns(
 
 cdef inline void sum_rows(
     const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
-    const work* about, work* s, work* q
+    const work* about, const work* gate_scale, const work* gate_shift, work* s, work* q
 ) noexcept nogil:
     """sum_columns over all columns. s, q and about have room for whole vectors."""
     cdef int64_t c = 0
     while c + CHUNK * WIDTH <= width:
         if dy == NULL:
-            sum_columns(x + c, NULL, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+            sum_columns(x + c, NULL, rows, stride, about + c, NULL, NULL, CHUNK * WIDTH, s + c,
+                        q + c, CHUNK)
+        elif gate_scale == NULL:
+            sum_columns(x + c, dy + c, rows, stride, about + c, NULL, NULL, CHUNK * WIDTH, s + c,
+                        q + c, CHUNK)
         else:
-            sum_columns(x + c, dy + c, rows, stride, about + c, CHUNK * WIDTH, s + c, q + c, CHUNK)
+            sum_columns(x + c, dy + c, rows, stride, about + c, gate_scale + c, gate_shift + c,
+                        CHUNK * WIDTH, s + c, q + c, CHUNK)
         c += CHUNK * WIDTH
     while c < width:
-        sum_columns(x + c, past(dy, c), rows, stride, about + c, minimum(WIDTH, width - c), s + c,
-                    q + c, 1)
+        sum_columns(x + c, past(dy, c), rows, stride, about + c, past_weight(gate_scale, c),
+                    past_weight(gate_shift, c), minimum(WIDTH, width - c), s + c, q + c, 1)
         c += WIDTH
 
 
 cdef inline void map_row(
     const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
-    const work* shift, const work* dscale, bint streaming
+    const work* shift, const work* dscale, const work* gate_scale, const work* gate_shift,
+    bint streaming
 ) noexcept nogil:
-    """map_run with coefficients for each place."""
+    """map_places with coefficients for each place."""
     if dy == NULL:
-        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, streaming, 0)
+        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, NULL, streaming, 0)
+    elif gate_scale == NULL:
+        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, NULL, streaming, 0)
     else:
-        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, streaming, 0)
+        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, gate_scale, gate_shift,
+                   streaming, 0)
 
 
 # ---- from sums to statistics -------------------------------------------------------------
