@@ -75,8 +75,8 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     # All rows of a run at once where the sums fit registers.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
     p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
-    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale and the gate;
-    # then the rows that count of each copy.
+    # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale
+    # and the gate; then the rows that count of each copy.
     p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
                    + 2 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64
     p.slot = p.tiles * p.tile_slot + (6 * p.padded * <int64_t> sizeof(work) + 63) // 64 * 64

@@ -208,7 +208,7 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
             sums[2 * s + 1] += sum_places(w.q + s * p.n, p.n)
 
 
-cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, const slab* w) noexcept nogil:
+cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, slab* w) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef const work* gate_scale = NULL
     cdef int64_t _r

@@ -498,8 +498,8 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
     for r in range(r0, r1):
         for k in range(k0, k1):
-            map_channel(p, set_, set_start(t, set_) + k * t.i + r * p.stride, set_ % t.g * t.k + k, p0,
-                        p1, &c, 0, t.mask != NULL)
+            map_channel(p, set_, set_start(t, set_) + k * t.i + r * p.stride,
+                        set_ % t.g * t.k + k, p0, p1, &c, 0, t.mask != NULL)
     if t.stream:
         stream_end()
 

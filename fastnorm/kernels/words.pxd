@@ -407,8 +407,8 @@ cdef inline void map_places(
     const work* gate_scale, const work* gate_shift, bint streaming, int64_t ahead
 ) noexcept nogil:
     """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL; where weight is not NULL,
-    that times weight plus bias; where gate_scale is not NULL, with dy taken back through ReLU, whose
-    input was (x - hi)*gate_scale + gate_shift.
+    that times weight plus bias; where gate_scale is not NULL, with dy taken back through ReLU,
+    whose input was (x - hi)*gate_scale + gate_shift.
 
     weight and bias have a value for each place; the others have with `each`, and otherwise one.
     With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
@@ -581,9 +581,11 @@ cdef inline void map_row(
 ) noexcept nogil:
     """map_places with coefficients for each place."""
     if dy == NULL:
-        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, NULL, streaming, 0)
+        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, NULL, streaming,
+                   0)
     elif gate_scale == NULL:
-        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, NULL, streaming, 0)
+        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, NULL, streaming,
+                   0)
     else:
         map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, gate_scale, gate_shift,
                    streaming, 0)
