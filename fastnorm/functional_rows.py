@@ -75,8 +75,7 @@ def _only_rows(name, channel_order, shape_of, x, **arrays):
 def layer_norm(
     x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
     backend=None, num_threads=None, residual=None, out_sum=None, activation=None,
-    negative_slope=0.01, approximate="none", axis=None, mask=None,
-    lengths=None,
+    negative_slope=0.01, approximate="none", axis=None, mask=None, lengths=None,
 ):
     """Normalize over the trailing axes, or over others.
 
@@ -129,8 +128,7 @@ def _with_sum(name, x, residual, out_sum, valid, *after):
 def layer_norm_backward(
     dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
     dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
-    mask=None,
-    lengths=None,
+    mask=None, lengths=None,
 ):
     """Gradients of layer_norm; the formula of batch_norm_backward with means over a row.
 
@@ -168,8 +166,7 @@ def layer_norm_backward(
 def rms_norm(
     x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
     num_threads=None, residual=None, out_sum=None, activation=None, negative_slope=0.01,
-    approximate="none", axis=None, mask=None,
-    lengths=None,
+    approximate="none", axis=None, mask=None, lengths=None,
 ):
     """Divide by the root of the mean square over the trailing axes, or over others.
 
