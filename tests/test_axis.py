@@ -112,8 +112,9 @@ def test_oracle(shape, axis, dtype, norm, kind, engine):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["none", "silu"])
 @pytest.mark.skipif(isinstance(backends.load("native"), str), reason="no native library here")
-def test_threads_and_levels_change_no_bit(dtype, norm, monkeypatch):
+def test_threads_and_levels_change_no_bit(kind, dtype, norm, monkeypatch):
     native = backends.load("native")
     for shape, axis in (*CASES, ((2, 64, 56, 56), 1)):
         x, dy, weight, bias = arrays(shape, axis, dtype)
@@ -122,11 +123,23 @@ def test_threads_and_levels_change_no_bit(dtype, norm, monkeypatch):
             monkeypatch.setattr(native, "isa", level)
             for threads in (1, 2, 5):
                 y, stats, found = call(
-                    norm, x, dy, weight, bias, axis, "silu", num_threads=threads, backend="native"
+                    norm, x, dy, weight, bias, axis, kind, num_threads=threads, backend="native"
                 )
                 bits = [a.tobytes() for a in (y, stats.rstd, *found) if a is not None]
                 wanted = wanted or bits
                 assert bits == wanted, (shape, level, threads)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_numbas_threads_change_no_bit(norm):
+    if backends.refusal("numba", np.dtype("f4")) is not None:
+        pytest.skip("numba does not serve here")
+    given = arrays((2, 64, 56, 56), 1, np.float32)
+    found = []
+    for threads in (1, 2):
+        y, _, gradients = call(norm, *given, 1, backend="numba", num_threads=threads)
+        found.append([a.tobytes() for a in (y, *gradients) if a is not None])
+    assert found[0] == found[1]
 
 
 def test_hard_numbers(engine):

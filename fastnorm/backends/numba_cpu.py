@@ -1,7 +1,8 @@
 """The Numba backend: the engine where there is no compiler, and the one to read and to change.
 
-Kernels are compiled at their first call and cached on disk. numba_rows and numba_columns hold the
-two loop orders, numba_words what they are made of, numba_jit how they are compiled and launched.
+Kernels are compiled at their first call and cached on disk. numba_rows, numba_columns and
+numba_across hold the loop orders, numba_words what they are made of, numba_jit how they are
+compiled and launched.
 """
 
 import os
@@ -14,6 +15,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
+from fastnorm.backends import numba_across as across
 from fastnorm.backends import numba_columns as columns
 from fastnorm.backends import numba_fused as after
 from fastnorm.backends import numba_masks as masks
@@ -97,7 +99,13 @@ def _streaming(moved, into, *read):
     return int(large and all(into.ctypes.data != a.ctypes.data for a in read))
 
 
-# Sets across are computed as rows of a transposed copy: two more passes over memory each way.
+# Sets across with anything beside are computed as rows of a transposed copy: two more passes over
+# memory each way.
+
+
+def _turns(geometry, fused):
+    beside = fused.activation or fused.residual is not None or fused.mask is not None
+    return geometry.s > 1 and beside
 
 
 def _turn(geometry, array):
@@ -132,7 +140,7 @@ def forward(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
     num_threads, fused=NOTHING,
 ):
-    if geometry.s > 1:
+    if _turns(geometry, fused):
         rows_of, turned, fused = _turned(geometry, (x,), fused)
         into = np.empty_like(turned[0])
         forward(rows_of, *turned, into, weight, bias, eps, mean, var, rstd, running_mean,
@@ -143,7 +151,7 @@ def forward(
         masks.forward(forward, geometry, x, y, weight, bias, eps, (mean, var, rstd),
                       (running_mean, running_var), momentum, flags, num_threads, fused)
         return
-    sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
+    sets, channels = geometry.b * geometry.g * geometry.s, geometry.g * geometry.k
     if fused.sum is not None:
         x = np.add(x, fused.residual, out=fused.sum)
     residual = None if fused.sum is not None else _apart(fused.residual, y)
@@ -164,7 +172,11 @@ def forward(
     sizes = tuple(geometry[:5])
     streaming = _streaming(2 * x.nbytes, y, x)
     with launched(num_threads, 2 * x.nbytes) as run:
-        if _in_columns(geometry):
+        if geometry.s > 1:
+            places, _ = across.cut_strips(geometry, x.itemsize)
+            run(across.forward_across, *flat, weight, bias, mean, var, rstd, sizes, eps, geometry.s,
+                places, has_mean, streaming)
+        elif _in_columns(geometry):
             statistics = (mean, var, rstd)
             _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
                              streaming)
@@ -227,7 +239,7 @@ def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mea
 def backward(
     geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused=NOTHING
 ):
-    if geometry.s > 1:
+    if _turns(geometry, fused):
         given = fused
         rows_of, turned, fused = _turned(geometry, (dy, x), fused)
         into = np.empty_like(turned[0])
@@ -241,7 +253,7 @@ def backward(
         masks.backward(backward, geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags,
                        num_threads, fused)
         return
-    sets, channels = geometry.b * geometry.g, geometry.g * geometry.k
+    sets, channels = geometry.b * geometry.g * geometry.s, geometry.g * geometry.k
     if x.size == 0:
         for gradient in (dweight, dbias):
             if gradient is not None:
@@ -258,7 +270,9 @@ def backward(
     sizes = tuple(geometry[:5])
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
     parts = geometry.b
-    if geometry.i == geometry.o == 1:
+    if geometry.s > 1:
+        places, parts = across.cut_strips(geometry, x.itemsize)
+    elif geometry.i == geometry.o == 1:
         parts = min(-(-geometry.b // ROWS), ROW_PARTS)
     terms = np.empty((2, parts * channels))
     with launched(num_threads, 3 * x.nbytes) as run:
@@ -270,7 +284,10 @@ def backward(
                 bias, dz, after.room_for_z(geometry, work), mean, rstd, sizes, fused.activation,
                 fused.slope, has_residual, 1)
             dy = dz
-        if _in_columns(geometry):
+        if geometry.s > 1:
+            run(across.backward_across, dy, x, weight, dx, mean, rstd, *terms, sizes, geometry.s,
+                places, parts, has_mean, given, streaming)
+        elif _in_columns(geometry):
             cut, tiles = columns.cut_columns(geometry)
             coefficients = np.empty(geometry.b * 4 * cut[1], work)
             partial = np.empty(geometry.b * tiles * 2 * cut[1])

@@ -404,6 +404,35 @@ def add_row_products(x, dy, rows, stride, about, s, q):
 
 
 @inlined
+def add_place_products(x, dy, weight, about, rstd, offset, s, q):
+    """Sums over a row of dy*xhat and of dy; onto s and q the terms of run_products of each place,
+    with the row's weight."""
+    width = lanes(x)
+    stop = x.size - x.size % width
+    w = splat(weight)
+    over_w = over_b = splat(rounded(x, 0))
+    for j in range(0, stop, width):
+        d = load(x, j) - load(about, j)
+        u = load(dy, j)
+        over_w = over_w + u * (d * load(rstd, j) + load(offset, j))
+        over_b = over_b + u
+        u = u * w
+        store(s, j, load(s, j) + u)
+        store(q, j, load(q, j) + u * d)
+    total_w = fold(over_w)
+    total_b = fold(over_b)
+    for j in range(stop, x.size):
+        d = at(x, j) - about[j]
+        u = at(dy, j)
+        total_w += float64(u * (d * rstd[j] + offset[j]))
+        total_b += float64(u)
+        u = u * weight
+        s[j] += u
+        q[j] += u * d
+    return total_w, total_b
+
+
+@inlined
 def flush(lanes, total):
     for j in range(lanes.size):
         total[j] += float64(lanes[j])
