@@ -258,21 +258,12 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
         first += sets
 
 
-cdef struct row_terms:
-    # The terms of a few rows.
-    work hi[ROWS]
-    work rstd[ROWS]
-    work offset[ROWS]
-    work scale[ROWS]
-    work shift[ROWS]
-
-
 cdef inline void backward_columns(
     const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t rows,
-    int64_t n, const work* weight, const row_terms* c, int64_t first, work* sum_w, work* sum_b,
+    int64_t n, const work* weight, const terms* c, work* sum_w, work* sum_b,
     bint streaming, int64_t ahead, int vectors
 ) noexcept nogil:
-    """n = vectors*WIDTH columns, or fewer in one vec, of some rows, `first` the first in c."""
+    """n = vectors*WIDTH columns, or fewer in one vec, of some rows."""
     cdef vec a[CHUNK]
     cdef vec b[CHUNK]
     cdef vec w[CHUNK]
@@ -285,12 +276,12 @@ cdef inline void backward_columns(
         a[v] = load_work(sum_w + v * WIDTH)
         b[v] = load_work(sum_b + v * WIDTH)
         w[v] = load_work(weight + v * WIDTH) if whole else load_work_part(weight, n, 0)
-    for r in range(first, first + rows):
-        hi = splat(c.hi[r])
-        rstd = splat(c.rstd[r])
-        offset = splat(c.offset[r])
-        scale = splat(c.scale[r])
-        shift = splat(c.shift[r])
+    for r in range(rows):
+        hi = splat(c[r].hi)
+        rstd = splat(<work> c[r].rstd)
+        offset = splat(c[r].offset)
+        scale = splat(c[r].scale)
+        shift = splat(c[r].shift)
         for v in range(vectors):
             at = v * WIDTH
             if ahead:
@@ -319,7 +310,7 @@ cdef inline void backward_columns(
 
 cdef inline void backward_rows(
     const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t rows,
-    int64_t n, const work* weight, const row_terms* c, int64_t first, work* sum_w, work* sum_b,
+    int64_t n, const work* weight, const terms* c, work* sum_w, work* sum_b,
     bint streaming, int64_t ahead
 ) noexcept nogil:
     """dx of n columns of some rows; dweight and dbias onto sum_w and sum_b, which have room
@@ -329,16 +320,16 @@ cdef inline void backward_rows(
     while p < n:
         while p >= lead and p + CHUNK * WIDTH <= n:
             backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, CHUNK * WIDTH,
-                             weight + p, c, first, sum_w + p, sum_b + p, streaming, ahead, CHUNK)
+                             weight + p, c, sum_w + p, sum_b + p, streaming, ahead, CHUNK)
             p += CHUNK * WIDTH
         while p >= lead and p + PAIR * WIDTH <= n:
             backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, PAIR * WIDTH,
-                             weight + p, c, first, sum_w + p, sum_b + p, streaming, ahead, PAIR)
+                             weight + p, c, sum_w + p, sum_b + p, streaming, ahead, PAIR)
             p += PAIR * WIDTH
         if p < n:
             step = minimum(WIDTH, (lead if p < lead else n) - p)
             backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, step, weight + p,
-                             c, first, sum_w + p, sum_b + p, False, ahead, 1)
+                             c, sum_w + p, sum_b + p, False, ahead, 1)
             p += step
 
 
@@ -349,12 +340,11 @@ cdef inline void add_strip(const work* sums, int64_t n, bint first, double* into
 
 
 cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows, const work* weight,
-                            row_terms* all) noexcept nogil:
+                            terms* c) noexcept nogil:
     """The sums of rows b to b + rows of group g, and what they are mapped with."""
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x
     cdef const stored* dy = <const stored*> t.dy
-    cdef terms c[ROWS]
     cdef double s[ROWS]
     cdef double q[ROWS]
     cdef double sums[2]
@@ -383,11 +373,6 @@ cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows, c
         fold_rows(lanes_q, rows, q)
     for r in range(rows):
         finish_terms(p, (b + r) * t.g + g, s[r], q[r], &c[r], False)
-        all.hi[r] = c[r].hi
-        all.rstd[r] = <work> c[r].rstd
-        all.offset[r] = c[r].offset
-        all.scale[r] = c[r].scale
-        all.shift[r] = c[r].shift
 
 
 cdef inline void leave_row_back(const fn_task* t, int64_t at) noexcept nogil:
@@ -400,7 +385,7 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
     """i == 1 and o == 1: rows with a weight for each place; a part of b, one group."""
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
-    cdef row_terms c
+    cdef terms c[ROWS]
     cdef work sum_w[STRIP + MOST_WIDTH]
     cdef work sum_b[STRIP + MOST_WIDTH]
     cdef int64_t b_tile = index // t.g, g = index % t.g, size = t.g * t.k
@@ -434,7 +419,7 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
         done = 0
         while done < rows:
             count = minimum(few, rows - done)
-            find_terms(p, b + done, g, count, weight, &c)
+            find_terms(p, b + done, g, count, weight, c)
             k = 0
             while k < t.k:
                 n = minimum(STRIP, t.k - k)
@@ -445,7 +430,7 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
                 while r < count:
                     at = (b + done + r) * size + g * t.k + k
                     backward_rows(x + at, dy + at, past(dsum, at), y + at, size,
-                                  minimum(step, count - r), n, weight + k, &c, r, sum_w, sum_b,
+                                  minimum(step, count - r), n, weight + k, c + r, sum_w, sum_b,
                                   stream, ahead)
                     r += step
                 if done + count == rows:
