@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DTYPES, large_cases, small_cases
+from cases import DTYPES, Case, large_cases, small_cases
 
 from fastnorm import backends
 from fastnorm.dtypes import TABLE
@@ -178,7 +178,10 @@ def test_in_place(case, engine):
             np.testing.assert_allclose(found.dx, dx, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in small_cases() if c.norm == "batch"], ids=str)
+GIVEN = [c for c in small_cases() if c.norm == "batch"] + [Case("batch", (9, 40, 7, 7))]
+
+
+@pytest.mark.parametrize("case", GIVEN, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_given_statistics(case, dtype, engine):
     """Evaluation uses the running statistics, and its backward takes them as constants."""

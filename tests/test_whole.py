@@ -22,12 +22,12 @@ def forbid(*_, **__):
     raise AssertionError("not done whole")
 
 
-def everything(case, dtype, layout, out):
+def everything(case, dtype, layout, out, backend):
     x, dy, weight, bias = case.arrays(dtype)
     if out and weight is not None and dtype.itemsize == 2:
         weight = weight.astype(np.float32)
         bias = None if bias is None else bias.astype(np.float32)
-    common = {}
+    common = {"backend": backend}
     if layout:
         common["layout"] = layout
         x, dy = to_layout(x, layout), to_layout(dy, layout)
@@ -43,18 +43,19 @@ def everything(case, dtype, layout, out):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_plain_calls_are_and_the_long_way_gives_the_same(case, out, dtype, monkeypatch):
+def test_plain_calls_are_and_the_long_way_gives_the_same(case, backend, out, dtype, monkeypatch):
     fastnorm.rms_norm(np.ones(3, dtype), 3)  # the first call of a type chooses a backend
     for layout in layouts(case):
         with monkeypatch.context() as short:
             short.setattr(call, "forward", forbid)
             short.setattr(call, "backward", forbid)
-            whole = everything(case, dtype, layout, out)
+            whole = everything(case, dtype, layout, out, backend)
         with monkeypatch.context() as long:
             long.setattr(call, "whole_forward", lambda *_: None)
             long.setattr(call, "whole_backward", lambda *_: None)
-            parts = everything(case, dtype, layout, out)
+            parts = everything(case, dtype, layout, out, backend)
         for a, b in zip(whole, parts, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
@@ -144,7 +145,8 @@ def doubts():
     yield "eps", {"eps": float("nan")}
     yield "eps of 0", {"eps": 0.0}
     yield "momentum", {"momentum": None}
-    yield "backend", {"backend": "reference"}
+    yield "backend", {"backend": "torch"}
+    yield "backend on a GPU", {"backend": "cuda"}
     yield "backend's type", {"backend": six}
     yield "threads", {"num_threads": -1}
     yield "threads as a bool", {"num_threads": True}

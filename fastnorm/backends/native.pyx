@@ -10,7 +10,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
-from fastnorm import config
+from fastnorm import backends, config
 from fastnorm.backends import BATCH, GIVEN_STATISTICS, NO_MEAN, NOTHING, ROWS
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import CHANNELS_FIRST, batch, group, rows
@@ -305,14 +305,23 @@ cdef object sizes_of(int norm, object x, object layout, object groups):
     return group(x.shape, first, wanted) if channels % wanted == 0 else None
 
 
-cdef int threads_of(object backend, object dtype, object num_threads) except -2:
-    """How many threads were asked for; -1 where this backend or their number is in doubt."""
+cdef object engine_of(object backend, object dtype):
+    """The module that serves, "native" for this one; None where there is a doubt."""
     if backend is None:
         backend = config._default_backend
     if backend is None:
         backend = config._chosen.get(dtype)
-    if not PyUnicode_CheckExact(backend) or backend != "native":
-        return -1
+    if not PyUnicode_CheckExact(backend):
+        return None
+    if backend == "native":
+        return backend
+    if backend not in backends.NAMES or backends.refusal(backend, dtype) is not None:
+        return None
+    return backends.load(backend)
+
+
+cdef int threads_of(object num_threads) except -2:
+    """How many threads were asked for; -1 where there is a doubt."""
     if num_threads is None:
         return config._num_threads
     if not PyLong_CheckExact(num_threads) or not 0 <= num_threads <= MOST_THREADS:
@@ -397,9 +406,10 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
         return None
     if not PyFloat_CheckExact(momentum) or not isfinite(<double> momentum):
         return None
-    threads = threads_of(backend, x.dtype, num_threads)
+    engine = engine_of(backend, x.dtype)
+    threads = threads_of(num_threads)
     found = sizes_of(norm, x, layout, groups)
-    if threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
+    if engine is None or threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
         return None
     load_geometry(&sizes, found)
     if not (one_for_each(weight, param_kind, sizes.g * sizes.k)
@@ -435,8 +445,13 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
         mean = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
         var = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
         rstd = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
-    forward(found, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum,
-            flags, threads)
+    if engine == "native":
+        forward(found, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
+                momentum, flags, threads)
+    else:
+        flat = (None if array is None else array.reshape(-1) for array in (mean, var, rstd))
+        engine.forward(found, x, y, weight, bias, eps, *flat, running_mean, running_var, momentum,
+                       flags, threads)
     return (y, Statistics(mean, var, rstd, given)) if return_stats else y
 
 
@@ -452,9 +467,10 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
     param_kind = kind_of_first((weight,), kind)
     if kind == 0 or param_kind == 0 or type(stats) is not Statistics:
         return None
-    threads = threads_of(backend, x.dtype, num_threads)
+    engine = engine_of(backend, x.dtype)
+    threads = threads_of(num_threads)
     found = sizes_of(norm, x, layout, groups)
-    if threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
+    if engine is None or threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
         return None
     load_geometry(&sizes, found)
     channels = sizes.g * sizes.k
@@ -481,5 +497,8 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
             cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x), kind, 0)
     dweight = cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
-    backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads)
+    if engine == "native":
+        backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads)
+    else:
+        engine.backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads)
     return Gradients(dx, dweight, dbias)

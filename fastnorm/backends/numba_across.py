@@ -16,8 +16,8 @@ from fastnorm.backends.numba_words import (
     backward_terms,
     flush,
     forward_terms,
-    map_row,
-    map_row_products,
+    map_product_rows,
+    map_rows,
     reciprocal_deviation,
     sample,
     statistics,
@@ -76,7 +76,7 @@ def forward_across(
                 row_scale[c] = scale[c] * weight[r]
                 row_shift[c] = shift[c] * weight[r] + bias[r]
             at = start + r * s
-            map_row(x[at : at + n], y[at : at + n], hi, row_scale, row_shift, streaming)
+            map_rows(x[at:], y[at:], 1, 0, hi, row_scale, row_shift, streaming)
 
 
 @kernel("xxax dd dd tnnnnnn", allocates=True)
@@ -130,7 +130,6 @@ def backward_across(
                 for c in range(n):
                     dscale[c] = near[c] * weight[r]
                 at = start + r * s
-                map_row_products(
-                    x[at : at + n], dy[at : at + n], dx[at : at + n], hi, scale, shift, dscale,
-                    streaming,
+                map_product_rows(
+                    x[at:], dy[at:], dx[at:], 1, 0, hi, scale, shift, dscale, streaming
                 )

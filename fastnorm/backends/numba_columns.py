@@ -21,51 +21,53 @@ from fastnorm.backends.numba_words import (
     cancels,
     flush,
     forward_terms,
-    map_row,
-    map_row_products,
+    map_product_rows,
+    map_rows,
     moments,
     reciprocal_deviation,
 )
 
 NARROW = 16  # the width of few columns becomes a multiple of this
-WIDE = 256  # and at least this,
-WIDER = 1024  # or this in a large slice: each row costs some time of its own
-LARGE = 1 << 20  # values
-TILE = 65536  # values in a tile, at least
+WIDE = 256  # and at least this
+TILE = 65536  # values in a tile, at least,
+TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
 MOST_TILES = 16
+CHUNK = 256  # channels that one thread finishes, about
 
 
 def cut_columns(geometry):
     """(cut, tiles) of a geometry."""
     channels = geometry.g * geometry.k
-    least = WIDE if geometry.o * channels < LARGE else WIDER
     copies = 1
-    if channels < least:
-        while copies * channels % NARROW or copies * channels < least:
+    if channels < WIDE:
+        while copies * channels % NARROW or copies * channels < WIDE:
             copies += 1
         copies = min(copies, geometry.o)
     width, rows = copies * channels, geometry.o // copies
-    tile_rows = max(-(-rows // MOST_TILES), -(-TILE // width))
+    tile_rows = max(TILE_ROWS, -(-rows // MOST_TILES), -(-TILE // width))
     return (copies, width, rows, geometry.o % copies * channels, tile_rows), -(-rows // tile_rows)
 
 
-@allocating
-def start_slice(x, about, cut, has_mean):
-    """about = a value near each column's mean, exactly the constant of a constant column."""
+@inlined
+def start_columns(x, about, total, cut, has_mean, first, stop):
+    """about = a value near the mean of each column [first, stop), exactly the constant of a
+    constant column. total is room for a sum of each column."""
     width, rows = cut[1], cut[2]
     count = min(rows, 2 * SAMPLES)
-    about[:] = 0
+    near, own = about[first:stop], total[first:stop]
+    near[:] = 0
     if not has_mean:
         return
-    first = x[:width]
-    total = np.zeros(width)
+    own[:] = 0.0
+    start = x[first:stop]
     for j in range(1, count):
-        sampled = x[j * rows // count * width : (j * rows // count + 1) * width]
-        for c in range(width):
-            total[c] += float64(at(sampled, c)) - float64(at(first, c))
-    for c in range(width):
-        value = float64(at(first, c)) + total[c] / count
-        about[c] = on_grid(x, value if abs(value) < 1e37 else 0.0)
+        row = j * rows // count * width
+        sampled = x[row + first : row + stop]
+        for c in range(own.size):
+            own[c] += float64(at(sampled, c)) - float64(at(start, c))
+    for c in range(own.size):
+        value = float64(at(start, c)) + own[c] / count
+        near[c] = on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 
 @allocating
@@ -101,13 +103,15 @@ def sum_tile(x, dy, about, partial, cut, tile, backward):
 
 
 @inlined
-def merge_tiles(partial, cut):
-    """Into those of tile 0."""
-    width = cut[1]
-    for tile in range(1, partial.size // (2 * width)):
-        part = partial[tile * 2 * width : (tile + 1) * 2 * width]
-        for j in range(2 * width):
-            partial[j] += part[j]
+def merge_tiles(partial, width, first, stop):
+    """The sums of columns [first, stop) into those of tile 0."""
+    for sums in range(partial.size // width):
+        if sums > 1:
+            start = sums % 2 * width
+            into = partial[start + first : start + stop]
+            part = partial[sums * width + first : sums * width + stop]
+            for j in range(into.size):
+                into[j] += part[j]
 
 
 @inlined
@@ -122,67 +126,115 @@ def exact_column(x, column, width, count, about):
 
 
 @inlined
-def column_moments(x, about, s, q, cut, has_mean):
-    """s = the mean of each column, q = its sum of squares about it."""
-    width, rows, rest = cut[1], cut[2], cut[3]
-    for c in range(width):
-        rows_of_c = rows + (1 if c < rest else 0)
-        count = float64(rows_of_c)
-        if not has_mean:
-            s[c] = 0.0
-        center = float64(about[c])
-        if cancels(s[c], q[c], count):
+def column_moments(x, about, s, q, cut, has_mean, first, stop):
+    """s = the mean of each column [first, stop), all of one copy, q = its sum of squares about it.
+    In two loops where nothing cancels: LLVM makes vectors of them."""
+    width, rows = cut[1], cut[2] + (1 if first < cut[3] else 0)
+    count = float64(rows)
+    own_s, own_q, near = s[first:stop], q[first:stop], about[first:stop]
+    if not has_mean:
+        own_s[:] = 0.0
+    lost = 0
+    for c in range(own_s.size):
+        lost += cancels(own_s[c], own_q[c], count)
+    if lost == 0:
+        for c in range(own_s.size):
+            own_s[c], var = moments(own_s[c], own_q[c], float64(near[c]), count)
+            own_q[c] = var * count
+        return
+    for c in range(own_s.size):
+        center = float64(near[c])
+        if cancels(own_s[c], own_q[c], count):
             if has_mean:
-                center += exact_column(x, c, width, rows_of_c, center)[0] / count
-            s[c], q[c] = exact_column(x, c, width, rows_of_c, center)
+                center += exact_column(x, first + c, width, rows, center)[0] / count
+            own_s[c], own_q[c] = exact_column(x, first + c, width, rows, center)
             if not has_mean:
-                s[c] = 0.0
-        mean, var = moments(s[c], q[c], center, count)
-        s[c] = mean
-        q[c] = var * count
+                own_s[c] = 0.0
+        own_s[c], var = moments(own_s[c], own_q[c], center, count)
+        own_q[c] = var * count
 
 
 @inlined
-def finish_slice(x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps,
-                 has_mean, given):
-    """Chan's merge of the columns of each group, then the coefficients of each column."""
+def merge_copies(means, squares, copies, channels, o, first, stop):
+    """Chan's merge of the copies of each channel [first, stop), into the first."""
+    for channel in range(first, stop):
+        near = means[channel]
+        total = 0.0
+        for r in range(copies):
+            total += (means[r * channels + channel] - near) * float64(rows_of_copy(o, copies, r))
+        found = near + total / float64(o)
+        m2 = 0.0
+        for r in range(copies):
+            d = means[r * channels + channel] - found
+            m2 += squares[r * channels + channel] + d * d * float64(rows_of_copy(o, copies, r))
+        means[channel] = found
+        squares[channel] = m2
+
+
+@inlined
+def rows_of_copy(o, copies, r):
+    return o // copies + (1 if r < o % copies else 0)
+
+
+@inlined
+def group_moments(means, squares, mean, var, o, k, from_group, to_group):
+    """Chan's merge of the channels of each group."""
+    for group in range(from_group, to_group):
+        first = group * k
+        total = 0.0
+        for channel in range(first, first + k):
+            total += means[channel] - means[first]
+        found = means[first] + total / float64(k)
+        m2 = 0.0
+        for channel in range(first, first + k):
+            d = means[channel] - found
+            m2 += squares[channel] + d * d * float64(o)
+        mean[group] = found
+        var[group] = m2 / float64(o * k)
+
+
+@inlined
+def copy_columns(columns, channels, first, stop):
+    """Those of channels [first, stop) to all copies."""
+    own = columns[first:stop]
+    for start in range(channels, columns.size, channels):
+        into = columns[start + first : start + stop]
+        for c in range(into.size):
+            into[c] = own[c]
+
+
+@inlined
+def finish_groups(x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps,
+                  has_mean, given, from_group, to_group):
+    """Statistics of the groups [from_group, to_group), and the coefficients of their columns."""
     _, o, g, k, _ = sizes
-    copies, width, rows, rest, _ = cut
+    copies, width = cut[0], cut[1]
     channels = g * k
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
     means = partial[:width]
     squares = partial[width : 2 * width]
+    first, stop = from_group * k, to_group * k
     if not given:
-        merge_tiles(partial, cut)
-        column_moments(x, hi, means, squares, cut, has_mean)
-    for group in range(g):
-        if not given:
-            first = means[group * k]
-            total = 0.0
-            for r in range(copies):
-                for c in range(r * channels + group * k, r * channels + (group + 1) * k):
-                    total += (means[c] - first) * float64(rows + (1 if c < rest else 0))
-            found = first + total / float64(o * k)
-            m2 = 0.0
-            for r in range(copies):
-                for c in range(r * channels + group * k, r * channels + (group + 1) * k):
-                    d = means[c] - found
-                    m2 += squares[c] + d * d * float64(rows + (1 if c < rest else 0))
-            mean[group] = found
-            var[group] = m2 / float64(o * k)
-            rstd[group] = reciprocal_deviation(var[group], eps)
-        near = rounded(x, mean[group])
+        for r in range(0, width, channels):
+            merge_tiles(partial, width, r + first, r + stop)
+            column_moments(x, hi, means, squares, cut, has_mean, r + first, r + stop)
+        if copies > 1:
+            merge_copies(means, squares, copies, channels, o, first, stop)
+        group_moments(means, squares, mean, var, o, k, from_group, to_group)
+    for group in range(from_group, to_group):
+        rstd[group] = reciprocal_deviation(var[group], eps)
+        center = rounded(x, mean[group])
         for channel in range(group * k, (group + 1) * k):
-            a, b = forward_terms(
-                mean[group], float64(near), rstd[group], float64(weight[channel]),
+            hi[channel] = center
+            scale[channel], shift[channel] = forward_terms(
+                mean[group], float64(center), rstd[group], float64(weight[channel]),
                 float64(bias[channel]),
             )
-            for c in range(channel, width, channels):
-                hi[c] = near
-                scale[c] = a
-                shift[c] = b
+    copy_columns(hi, channels, first, stop)
+    copy_columns(scale, channels, first, stop)
+    copy_columns(shift, channels, first, stop)
 
 
 @inlined
@@ -191,102 +243,81 @@ def map_tile(x, y, coefficients, cut, tile, streaming):
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
-    stop = min(rows, (tile + 1) * tile_rows)
-    for row in range(tile * tile_rows, stop):
-        map_row(
-            x[row * width : (row + 1) * width], y[row * width : (row + 1) * width], hi, scale,
-            shift, streaming,
-        )
+    row, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
+    map_rows(
+        x[row * width :], y[row * width :], stop - row, width, hi, scale, shift, streaming
+    )
     if stop == rows and rest > 0:
-        map_row(
-            x[rows * width :], y[rows * width :], hi[:rest], scale[:rest], shift[:rest],
+        map_rows(
+            x[rows * width :], y[rows * width :], 1, 0, hi[:rest], scale[:rest], shift[:rest],
             False,
         )
 
 
-@kernel("xx aa a d ddd t t fnnn", allocates=True)
+@inlined
+def in_turn(unit, units, streaming):
+    """Large arrays are mapped from the end, of which the sums' read left something in cache; small
+    ones by the threads that have read them."""
+    return units - 1 - unit if streaming else unit
+
+
+@inlined
+def tiles_of(cut):
+    return (cut[2] + cut[4] - 1) // cut[4]
+
+
+@kernel("xx aa a d ddd t t fnn", allocates=True)
 def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
-                   has_mean, given, streaming):
-    """Each slice, all steps; given: only finish, which needs no x."""
+                   has_mean, streaming):
+    """Each slice, all steps."""
     b, o, g, k, _ = sizes
     size = o * g * k
-    width, rows, tile_rows = cut[1], cut[2], cut[4]
-    tiles = (rows + tile_rows - 1) // tile_rows
+    width = cut[1]
+    tiles = tiles_of(cut)
     for s in prange(b):
         xs = x[s * size : (s + 1) * size]
         ys = y[s * size : (s + 1) * size]
         own = coefficients[s * 4 * width : (s + 1) * 4 * width]
         sums = partial[s * tiles * 2 * width : (s + 1) * tiles * 2 * width]
-        start_slice(xs, own[:width], cut, has_mean)
+        start_columns(xs, own[:width], sums[:width], cut, has_mean, 0, width)
         for tile in range(tiles):
             sum_tile(
                 xs, xs, own[:width], sums[tile * 2 * width : (tile + 1) * 2 * width], cut, tile,
                 False,
             )
-        finish_slice(
+        finish_groups(
             xs, own, sums, weight, bias, mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g],
-            rstd[s * g : (s + 1) * g], sizes, cut, eps, has_mean, given,
+            rstd[s * g : (s + 1) * g], sizes, cut, eps, has_mean, False, 0, g,
         )
         for tile in range(tiles):
             map_tile(xs, ys, own, cut, tiles - 1 - tile, streaming != 0)
 
 
-@kernel("x a t t n", parallel=False, allocates=True)
-def start_slices(x, coefficients, sizes, cut, has_mean):
-    b, o, g, k, _ = sizes
-    size = o * g * k
+@kernel("xx aa a d ddd t t fnnn", allocates=True)
+def forward_tiles(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
+                  has_mean, given, streaming):
+    """One slice, a tile at a time; given: only the map."""
+    _, _, g, k, _ = sizes
     width = cut[1]
-    for s in range(b):
-        start_slice(
-            x[s * size : (s + 1) * size], coefficients[s * 4 * width : s * 4 * width + width], cut,
-            has_mean,
+    tiles = tiles_of(cut)
+    about = coefficients[:width]
+    if not given:
+        for chunk in prange((width + CHUNK - 1) // CHUNK):
+            start_columns(
+                x, about, partial, cut, has_mean, chunk * CHUNK, min(width, (chunk + 1) * CHUNK)
+            )
+        for tile in prange(tiles):
+            sum_tile(
+                x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, tile, False
+            )
+    groups = max(1, CHUNK // k)
+    for chunk in prange((g + groups - 1) // groups):
+        finish_groups(
+            x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps, has_mean,
+            given != 0, chunk * groups, min(g, (chunk + 1) * groups),
         )
-
-
-@kernel("xx a d t t n", allocates=True)
-def sum_tiles(x, dy, coefficients, partial, sizes, cut, backward):
-    b, o, g, k, _ = sizes
-    size = o * g * k
-    width, rows, tile_rows = cut[1], cut[2], cut[4]
-    tiles = (rows + tile_rows - 1) // tile_rows
-    for unit in prange(b * tiles):
-        s = unit // tiles
-        about = coefficients[s * 4 * width : s * 4 * width + width]
-        sum_tile(
-            x[s * size : (s + 1) * size], dy[s * size : (s + 1) * size], about,
-            partial[unit * 2 * width : (unit + 1) * 2 * width], cut, unit % tiles, backward != 0,
-        )
-
-
-@kernel("x aa a d ddd t t fnn")
-def finish_slices(x, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
-                  has_mean, given):
-    b, o, g, k, _ = sizes
-    size = o * g * k
-    width, rows, tile_rows = cut[1], cut[2], cut[4]
-    tiles = (rows + tile_rows - 1) // tile_rows
-    for s in prange(b):
-        finish_slice(
-            x[s * size : (s + 1) * size], coefficients[s * 4 * width : (s + 1) * 4 * width],
-            partial[s * tiles * 2 * width : (s + 1) * tiles * 2 * width], weight, bias,
-            mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g], rstd[s * g : (s + 1) * g], sizes,
-            cut, eps, has_mean, given,
-        )
-
-
-@kernel("xx a t t n")
-def map_tiles(x, y, coefficients, sizes, cut, streaming):
-    b, o, g, k, _ = sizes
-    size = o * g * k
-    width, rows, tile_rows = cut[1], cut[2], cut[4]
-    tiles = (rows + tile_rows - 1) // tile_rows
-    for unit in prange(b * tiles):
-        s = unit // tiles
-        map_tile(
-            x[s * size : (s + 1) * size], y[s * size : (s + 1) * size],
-            coefficients[s * 4 * width : (s + 1) * 4 * width], cut, unit % tiles,
-            streaming != 0,
-        )
+    for tile in prange(tiles):
+        map_tile(x, y, coefficients, cut, in_turn(tile, tiles, streaming), streaming != 0)
 
 
 # ---- backward: as in numba_rows, terms of dweight and dbias for each slice ---------------------
@@ -294,16 +325,17 @@ def map_tiles(x, y, coefficients, sizes, cut, streaming):
 
 @inlined
 def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b, sizes, cut,
-                    has_mean, given):
+                    has_mean, given, from_group, to_group):
     _, o, g, k, _ = sizes
-    width = cut[1]
+    copies, width = cut[0], cut[1]
     channels = g * k
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
     dscale = coefficients[3 * width : 4 * width]
-    merge_tiles(partial, cut)
-    for group in range(g):
+    for r in range(copies):
+        merge_tiles(partial, width, r * channels + from_group * k, r * channels + to_group * k)
+    for group in range(from_group, to_group):
         lo = mean[group] - float64(hi[group * k])
         gy = 0.0
         gyd = 0.0
@@ -328,63 +360,58 @@ def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b,
 
 
 @inlined
-def map_tile_products(dy, x, dx, coefficients, cut, tile, streaming):
+def map_product_tile(dy, x, dx, coefficients, cut, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
     dscale = coefficients[3 * width : 4 * width]
-    stop = min(rows, (tile + 1) * tile_rows)
-    for row in range(tile * tile_rows, stop):
-        first, last = row * width, (row + 1) * width
-        map_row_products(
-            x[first:last], dy[first:last], dx[first:last], hi, scale, shift, dscale, streaming
-        )
+    row, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
+    map_product_rows(
+        x[row * width :], dy[row * width :], dx[row * width :], stop - row, width, hi, scale,
+        shift, dscale, streaming,
+    )
     if stop == rows and rest > 0:
-        map_row_products(
-            x[rows * width :], dy[rows * width :], dx[rows * width :], hi[:rest], scale[:rest],
-            shift[:rest], dscale[:rest], False,
+        map_product_rows(
+            x[rows * width :], dy[rows * width :], dx[rows * width :], 1, 0, hi[:rest],
+            scale[:rest], shift[:rest], dscale[:rest], False,
         )
 
 
-@kernel("a d t t n", parallel=False)
-def start_products(coefficients, mean, sizes, cut, has_mean):
-    """hi of each column."""
-    b, _, g, k, _ = sizes
+@kernel("xxax a d dd dd t t nnn", allocates=True)
+def backward_tiles(dy, x, weight, dx, coefficients, partial, mean, rstd, terms_w, terms_b, sizes,
+                   cut, has_mean, given, streaming):
+    """All slices, a tile at a time."""
+    b, o, g, k, _ = sizes
+    size = o * g * k
     width = cut[1]
+    tiles = tiles_of(cut)
     for s in range(b):
         for c in range(width):
-            group = c % (g * k) // k
-            coefficients[s * 4 * width + c] = mean[s * g + group] if has_mean else 0.0
-
-
-@kernel("a a d dd dd t t nn")
-def finish_product_slices(weight, coefficients, partial, mean, rstd, terms_w, terms_b, sizes, cut,
-                          has_mean, given):
-    b, _, g, k, _ = sizes
-    width, rows, tile_rows = cut[1], cut[2], cut[4]
-    tiles = (rows + tile_rows - 1) // tile_rows
-    size = g * k
-    for s in prange(b):
+            coefficients[s * 4 * width + c] = mean[s * g + c % (g * k) // k] if has_mean else 0.0
+    for unit in prange(b * tiles):
+        s = unit // tiles
+        sum_tile(
+            x[s * size : (s + 1) * size], dy[s * size : (s + 1) * size],
+            coefficients[s * 4 * width : s * 4 * width + width],
+            partial[unit * 2 * width : (unit + 1) * 2 * width], cut, unit % tiles, True,
+        )
+    groups = max(1, CHUNK // k)
+    chunks = (g + groups - 1) // groups
+    for unit in prange(b * chunks):
+        s, chunk = unit // chunks, unit % chunks
         finish_products(
             weight, coefficients[s * 4 * width : (s + 1) * 4 * width],
             partial[s * tiles * 2 * width : (s + 1) * tiles * 2 * width],
             mean[s * g : (s + 1) * g], rstd[s * g : (s + 1) * g],
-            terms_w[s * size : (s + 1) * size], terms_b[s * size : (s + 1) * size], sizes, cut,
-            has_mean, given,
+            terms_w[s * g * k : (s + 1) * g * k], terms_b[s * g * k : (s + 1) * g * k], sizes, cut,
+            has_mean, given, chunk * groups, min(g, (chunk + 1) * groups),
         )
-
-
-@kernel("xxx a t t n")
-def map_product_tiles(dy, x, dx, coefficients, sizes, cut, streaming):
-    b, o, g, k, _ = sizes
-    size = o * g * k
-    width, rows, tile_rows = cut[1], cut[2], cut[4]
-    tiles = (rows + tile_rows - 1) // tile_rows
     for unit in prange(b * tiles):
-        s = unit // tiles
-        map_tile_products(
+        turn = in_turn(unit, b * tiles, streaming)
+        s = turn // tiles
+        map_product_tile(
             dy[s * size : (s + 1) * size], x[s * size : (s + 1) * size],
             dx[s * size : (s + 1) * size], coefficients[s * 4 * width : (s + 1) * 4 * width], cut,
-            unit % tiles, streaming != 0,
+            turn % tiles, streaming != 0,
         )

@@ -22,14 +22,10 @@ from fastnorm.backends import numba_masks as masks
 from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
 from fastnorm.backends.numba_jit import KERNELS, launched
-from fastnorm.backends.reference import move, values_of
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import Geometry
 
 FEW = 16  # sets, below which large ones are cut into pieces
-TILE = 65536  # values in a piece
-ROWS = 8  # with a weight for each place, at least, that sum dweight for themselves,
-ROW_PARTS = 16  # in so many parts at most
 
 
 @cache
@@ -60,14 +56,23 @@ class _Alias:
 
 def _flat(array):
     """As a kernel takes it."""
-    flat = (array if array.flags.writeable else np.asarray(_Alias(array))).reshape(-1)
+    if not array.flags.writeable:
+        array = np.asarray(_Alias(array))
+    flat = array.reshape(-1)
     return flat.view(TABLE[array.dtype].bits) if array.itemsize == 2 else flat
 
 
-def _parameter(array, dtype, size, otherwise):
+def _parameter(array, work, size, otherwise):
     if array is None:
-        return np.full(size, otherwise, dtype)
-    return _flat(array.astype(dtype, copy=False))
+        return np.full(size, otherwise, work)
+    return _flat(array if array.dtype == work else array.astype(work))
+
+
+def _of_type(array, size, work):
+    """An array of the working type to write: the given one, where it is."""
+    if array is not None and array.dtype == work:
+        return array.reshape(-1)
+    return np.empty(size, work)
 
 
 def _apart(array, written):
@@ -132,10 +137,6 @@ def _in_columns(geometry):
     return geometry.i == 1 and geometry.o > 1
 
 
-def _pieces(n):
-    return -(-n // TILE)
-
-
 def forward(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
     num_threads, fused=NOTHING,
@@ -152,24 +153,24 @@ def forward(
                       (running_mean, running_var), momentum, flags, num_threads, fused)
         return
     sets, channels = geometry.b * geometry.g * geometry.s, geometry.g * geometry.k
+    residual = None
     if fused.sum is not None:
         x = np.add(x, fused.residual, out=fused.sum)
-    residual = None if fused.sum is not None else _apart(fused.residual, y)
-    mean, var, rstd = (_statistic(a, sets) for a in (mean, var, rstd))
+    elif fused.residual is not None:
+        residual = _apart(fused.residual, y)
+    mean, var, rstd = _statistic(mean, sets), _statistic(var, sets), _statistic(rstd, sets)
     if x.size == 0:
         mean[:] = var[:] = rstd[:] = 0
         return
     given, has_mean = int(bool(flags & GIVEN_STATISTICS)), int(not flags & NO_MEAN)
     if given:
         mean[:], var[:] = running_mean, running_var
-        with np.errstate(all="ignore"):
-            rstd[:] = 1 / np.sqrt(var + eps)
     work = TABLE[x.dtype].work
     weight = _parameter(weight, work, channels, 1)
     bias = _parameter(bias, work, channels, 0)
     again = x.itemsize == 2 and (fused.activation or residual is not None)
     flat = (_flat(_apart(x, y) if again else x), _flat(y))
-    sizes = tuple(geometry[:5])
+    sizes = geometry[:5]
     streaming = _streaming(2 * x.nbytes, y, x)
     with launched(num_threads, 2 * x.nbytes) as run:
         if geometry.s > 1:
@@ -183,57 +184,49 @@ def forward(
         elif slabs.serves(geometry):
             run(slabs.forward_slabs, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
                 given, streaming)
-        elif given:
-            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i),
-                streaming)
-        elif geometry.i == geometry.o == 1:
+        elif not given and geometry.i == geometry.o == 1:
             run(rows.forward_elements, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
                 streaming)
-        elif sets < FEW and geometry.values > TILE:
-            pieces = _pieces(geometry.k * geometry.i)
+        elif given or (sets < FEW and geometry.values > rows.TILE):
+            pieces = 0 if given else rows.pieces_in(geometry.k * geometry.i)
             about = np.empty(sets)
             partial = np.empty(2 * geometry.b * geometry.o * geometry.g * pieces)
-            run(rows.sample_sets, flat[0], about, sizes, has_mean)
-            run(rows.sum_pieces, flat[0], about, partial, sizes, pieces)
-            run(rows.merge_pieces, flat[0], about, partial, mean, var, rstd, sizes, pieces, eps,
-                has_mean)
-            run(rows.map_pieces, *flat, weight, bias, mean, rstd, sizes, _pieces(geometry.i),
-                streaming)
+            run(rows.forward_pieces, *flat, weight, bias, about, partial, mean, var, rstd, sizes,
+                eps, has_mean, given, streaming)
         else:
             run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
                 streaming)
-        has_residual = int(residual is not None)
-        beside = _flat(residual) if has_residual else flat[0]
-        last = (fused.activation, fused.slope, has_residual)
-        if again:
-            run(after.finish_again, flat[0], flat[0], beside, weight, bias, flat[1],
-                after.room_for_z(geometry, work), mean, rstd, sizes, *last, 0)
-        elif fused.activation or has_residual:
-            run(after.finish, flat[1], beside, *last)
-    if not given and (running_mean is not None or running_var is not None):
-        count = values_of(geometry, fused)
-        unbiased = 1 if flags & BIASED_RUNNING_VAR else count / np.maximum(count - 1, 1)
-        shape = geometry.b, geometry.g
-        move(running_mean, mean.reshape(shape), count, momentum)
-        move(running_var, var.reshape(shape) * unbiased, count, momentum)
+        if fused.activation or residual is not None:
+            has_residual = int(residual is not None)
+            beside = _flat(residual) if has_residual else flat[0]
+            last = (fused.activation, fused.slope, has_residual)
+            if again:
+                run(after.finish_again, flat[0], flat[0], beside, weight, bias, flat[1],
+                    after.room_for_z(geometry, work), mean, rstd, sizes, *last, 0)
+            else:
+                run(after.finish, flat[1], beside, *last)
+    if given or (running_mean is None and running_var is None):
+        return
+    values = geometry.values
+    factor = 1.0 if flags & BIASED_RUNNING_VAR else values / max(values - 1, 1)
+    for running, found, by in ((running_mean, mean, 1.0), (running_var, var, factor)):
+        if running is not None:
+            moved = running if running.dtype == work else running.astype(work)
+            rows.move_running.serial(moved, found, geometry.b, by, momentum)
+            if moved is not running:
+                running[:] = moved
 
 
 def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
-                             streaming):
-    sizes = tuple(geometry[:5])
+                     streaming):
     cut, tiles = columns.cut_columns(geometry)
-    x, y = flat
     coefficients = np.empty(geometry.b * 4 * cut[1], weight.dtype)
     partial = np.empty(geometry.b * (1 if given else tiles) * 2 * cut[1])
-    last = (weight, bias, coefficients, partial, *statistics, sizes, cut, eps, has_mean, given)
-    if not given and (geometry.b > 1 or tiles == 1):
-        run(columns.forward_slices, x, y, *last, streaming)
-        return
-    if not given:
-        run(columns.start_slices, x, coefficients, sizes, cut, has_mean)
-        run(columns.sum_tiles, x, x, coefficients, partial, sizes, cut, 0)
-    run(columns.finish_slices, x, *last)
-    run(columns.map_tiles, x, y, coefficients, sizes, cut, streaming)
+    last = (weight, bias, coefficients, partial, *statistics, geometry[:5], cut, eps)
+    if given or (geometry.b == 1 and tiles > 1):
+        run(columns.forward_tiles, *flat, *last, has_mean, given, streaming)
+    else:
+        run(columns.forward_slices, *flat, *last, has_mean, streaming)
 
 
 def backward(
@@ -267,13 +260,13 @@ def backward(
     dsum = _apart(fused.dsum, dx)
     into = dx
     dy, x, dx = (_flat(array) for array in (dy, x, dx))
-    sizes = tuple(geometry[:5])
+    sizes = geometry[:5]
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
     parts = geometry.b
     if geometry.s > 1:
         places, parts = across.cut_strips(geometry, x.itemsize)
     elif geometry.i == geometry.o == 1:
-        parts = min(-(-geometry.b // ROWS), ROW_PARTS)
+        parts = rows.parts_of(geometry)
     terms = np.empty((2, parts * channels))
     with launched(num_threads, 3 * x.nbytes) as run:
         if fused.activation:
@@ -291,32 +284,27 @@ def backward(
             cut, tiles = columns.cut_columns(geometry)
             coefficients = np.empty(geometry.b * 4 * cut[1], work)
             partial = np.empty(geometry.b * tiles * 2 * cut[1])
-            run(columns.start_products, coefficients, mean, sizes, cut, has_mean)
-            run(columns.sum_tiles, x, dy, coefficients, partial, sizes, cut, 1)
-            run(columns.finish_product_slices, weight, coefficients, partial, mean, rstd, *terms,
-                sizes, cut, has_mean, given)
-            run(columns.map_product_tiles, dy, x, dx, coefficients, sizes, cut, streaming)
+            run(columns.backward_tiles, dy, x, weight, dx, coefficients, partial, mean, rstd,
+                *terms, sizes, cut, has_mean, given, streaming)
         elif slabs.serves(geometry):
             run(slabs.backward_slabs, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
                 streaming)
         elif geometry.i == geometry.o == 1:
             run(rows.backward_elements, dy, x, weight, dx, mean, rstd, *terms, sizes, parts,
                 has_mean, given, streaming)
-        elif sets < FEW and geometry.values > TILE:
-            pieces = _pieces(geometry.i)
+        elif sets < FEW and geometry.values > rows.TILE:
+            pieces = rows.pieces_in(geometry.i)
             partial = np.empty(2 * pieces * (x.size // geometry.i))
-            hi = mean.astype(work)
-            scale, shift = np.empty((2, sets))
-            run(rows.product_pieces, dy, x, hi, partial, sizes, pieces)
-            run(rows.merge_products, weight, hi, partial, mean, rstd, *terms, scale, shift, sizes,
-                pieces, has_mean, given)
-            run(rows.map_product_pieces, dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces,
-                streaming)
+            hi, scale, shift = np.empty((3, sets), work)
+            run(rows.backward_pieces, dy, x, weight, dx, hi, partial, mean, rstd, *terms, scale,
+                shift, sizes, has_mean, given, streaming)
         else:
             run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
                 streaming)
     if dsum is not None:
         into += dsum.reshape(into.shape)
-    for gradient, found in zip((dweight, dbias), terms, strict=True):
-        if gradient is not None:
-            gradient[...] = found.reshape(parts, channels).sum(axis=0).reshape(gradient.shape)
+    into_w, into_b = _of_type(dweight, channels, work), _of_type(dbias, channels, work)
+    rows.merge_terms.serial(*terms, into_w, into_b, parts)
+    for gradient, found in ((dweight, into_w), (dbias, into_b)):
+        if gradient is not None and gradient.dtype != work:
+            gradient[...] = found.reshape(gradient.shape)

@@ -15,7 +15,7 @@ from numba.extending import overload
 from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, RELU, SILU
 from fastnorm.backends.numba_jit import OPTIONS, inlined, kernel
 from fastnorm.backends.numba_simd import at, choose, power_of_two, put, rounded
-from fastnorm.backends.numba_words import fill_row, fill_run, fill_run_weighted, forward_terms
+from fastnorm.backends.numba_words import fill_run, fill_run_weighted, forward_terms, map_rows
 
 PIECE = 4096
 PARTS = 64  # of the work, each with room for z: a piece, or a row of channels
@@ -239,7 +239,7 @@ def finish_again(dy, x, residual, weight, bias, into, z, mean, rstd, sizes, kind
                 if unit // o != last:
                     last = unit // o
                     start_columns(x, weight, bias, mean, rstd, last, g, k, hi, scale, shift)
-                fill_row(x[start:stop], own[:channels], hi, scale, shift)
+                map_rows(x[start:stop], own[:channels], 1, 0, hi, scale, shift, False)
             elif i == 1:
                 start, stop = unit * k, (unit + 1) * k
                 w = unit % g * k

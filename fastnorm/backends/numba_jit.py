@@ -10,6 +10,7 @@ from types import FunctionType
 import numba
 import numpy as np
 from numba import njit, types
+from numba.core.cpu import ParallelOptions
 
 from fastnorm.backends import scalar
 from fastnorm.dtypes import TABLE
@@ -21,6 +22,10 @@ SERIAL_BYTES = 192 << 10  # moved: below, a parallel region costs more than it s
 
 # A division by 0 gives what C gives: a check of each would keep loops from becoming vectors.
 OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy"}
+# Numba would also make one loop of two, and loops of its own of assignments to slices. (prange
+# needs "numpy" too.)
+PARALLEL = ParallelOptions(False)
+PARALLEL.enabled = PARALLEL.prange = PARALLEL.numpy = True
 # Without Numba's counting of references, which each slice of an array would pay with two atomic
 # operations (1.3 to 1.4 times faster at rows of 96). What allocates an array needs it.
 UNCOUNTED = {"_nrt": False}
@@ -66,7 +71,7 @@ class Kernel:
         self.serial = njit(**options)(_named(function, "serial"))
         self.parallel = self.serial
         if parallel:
-            self.parallel = njit(parallel=True, **options)(_named(function, "parallel"))
+            self.parallel = njit(parallel=PARALLEL, **options)(_named(function, "parallel"))
         KERNELS.append(self)
 
     def compile(self, dtype):
@@ -119,13 +124,17 @@ class launched:
         self.parallel = self.parallel and _threads.acquire(blocking=False)
         if self.parallel:
             self.before = numba.get_num_threads()
-            numba.set_num_threads(self.count)
+            self._set(self.count)
         return self.run
+
+    def _set(self, count):
+        if self.before != self.count:  # which looks itself, and takes longer
+            numba.set_num_threads(count)
 
     def run(self, kernel, *arguments):
         (kernel.parallel if self.parallel else kernel.serial)(*arguments)
 
     def __exit__(self, *_):
         if self.parallel:
-            numba.set_num_threads(self.before)
+            self._set(self.before)
             _threads.release()

@@ -8,15 +8,16 @@ which are summed, merged in their order, and mapped: the bits never depend on th
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import kernel
+from fastnorm.backends.numba_jit import inlined, kernel
 from fastnorm.backends.numba_simd import rounded
 from fastnorm.backends.numba_words import (
     backward_terms,
+    flush,
     forward_terms,
     map_products,
-    map_products_weighted,
     map_run,
     map_run_weighted,
+    map_weighted_rows,
     reciprocal_deviation,
     run_products,
     run_products_weighted,
@@ -24,6 +25,23 @@ from fastnorm.backends.numba_words import (
     sample,
     statistics,
 )
+
+TILE = 65536  # values in a piece
+PART = 32768  # of rows with a weight for each place, at least,
+MOST_PARTS = 16
+
+
+def pieces_in(n):
+    return (n + TILE - 1) // TILE
+
+
+pieces_of = inlined(pieces_in)
+
+
+def parts_of(geometry):
+    """Of the rows with a weight for each place: each sums dweight for itself."""
+    least = max(TOGETHER, PART // (geometry.g * geometry.k))
+    return min(-(-geometry.b // least), MOST_PARTS)
 
 
 # x, y, weight, bias -> mean, var, rstd
@@ -81,60 +99,50 @@ def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, 
         )
 
 
-@kernel("xdd tn")
-def sum_pieces(x, about, partial, sizes, pieces):
-    """partial[run][piece] = sums, about[set] in double."""
+@kernel("xxaa dd ddd tfnnn")
+def forward_pieces(x, y, weight, bias, about, partial, mean, var, rstd, sizes, eps, has_mean, given,
+                   streaming):
+    """forward_sets of few large sets, a piece of a run at a time; given: only the map. about holds
+    a value of each set, partial the sums of each run's pieces."""
     b, o, g, k, i = sizes
     n = k * i
-    for unit in prange(b * o * g * pieces):
-        run = unit // pieces
-        piece = unit % pieces
-        set_ = run // (o * g) * g + run % g
-        s, q = run_sums(
-            x[run * n + piece * n // pieces : run * n + (piece + 1) * n // pieces],
-            rounded(x, about[set_]),
-        )
-        partial[2 * unit] = s
-        partial[2 * unit + 1] = q
-
-
-@kernel("xd tn", parallel=False)
-def sample_sets(x, about, sizes, has_mean):
-    b, o, g, k, i = sizes
-    n = k * i
-    for set_ in range(b * g):
-        about[set_] = 0.0
-        if has_mean:
-            about[set_] = float64(sample(x, set_ // g * o * g * n + set_ % g * n, g * n, o, n))
-
-
-@kernel("xdd ddd tnfn")
-def merge_pieces(x, about, partial, mean, var, rstd, sizes, pieces, eps, has_mean):
-    """Statistics of each set from its pieces."""
-    b, o, g, k, i = sizes
-    n = k * i
-    for set_ in prange(b * g):
-        s = 0.0
-        q = 0.0
-        for r in range(o):
-            run = (set_ // g * o + r) * g + set_ % g
-            for unit in range(run * pieces, (run + 1) * pieces):
-                s += partial[2 * unit]
-                q += partial[2 * unit + 1]
-        start = set_ // g * o * g * n + set_ % g * n
-        found = statistics(
-            x, start, g * n, o, n, rounded(x, about[set_]), s, q, has_mean
-        )
-        mean[set_] = found[0]
-        var[set_] = found[1]
-        rstd[set_] = reciprocal_deviation(found[1], eps)
-
-
-@kernel("xxaa dd tnn")
-def map_pieces(x, y, weight, bias, mean, rstd, sizes, pieces, streaming):
-    """Map with known statistics, a piece of a channel's run at a time."""
-    b, o, g, k, i = sizes
-    for unit in prange(b * o * g * k * pieces):
+    pieces = pieces_of(n)
+    if given:
+        for set_ in range(b * g):
+            rstd[set_] = reciprocal_deviation(var[set_], eps)
+    else:
+        for set_ in range(b * g):
+            about[set_] = 0.0
+            if has_mean:
+                about[set_] = float64(sample(x, set_ // g * o * g * n + set_ % g * n, g * n, o, n))
+        for unit in prange(b * o * g * pieces):
+            run = unit // pieces
+            piece = unit % pieces
+            set_ = run // (o * g) * g + run % g
+            s, q = run_sums(
+                x[run * n + piece * n // pieces : run * n + (piece + 1) * n // pieces],
+                rounded(x, about[set_]),
+            )
+            partial[2 * unit] = s
+            partial[2 * unit + 1] = q
+        for set_ in prange(b * g):
+            s = 0.0
+            q = 0.0
+            for r in range(o):
+                run = (set_ // g * o + r) * g + set_ % g
+                for unit in range(run * pieces, (run + 1) * pieces):
+                    s += partial[2 * unit]
+                    q += partial[2 * unit + 1]
+            start = set_ // g * o * g * n + set_ % g * n
+            found = statistics(
+                x, start, g * n, o, n, rounded(x, about[set_]), s, q, has_mean
+            )
+            mean[set_] = found[0]
+            var[set_] = found[1]
+            rstd[set_] = reciprocal_deviation(found[1], eps)
+    runs = b * o * g * k
+    pieces = pieces_of(i)
+    for unit in prange(runs * pieces):
         run = unit // pieces
         piece = unit % pieces
         channel = run % (g * k)
@@ -190,10 +198,15 @@ def backward_sets(
                 )
 
 
-@kernel("xxad tn")
-def product_pieces(dy, x, hi, partial, sizes, pieces):
-    """partial[run of a channel][piece] = sums; hi[set]."""
+@kernel("xxax a d dd dd aa tnnn")
+def backward_pieces(dy, x, weight, dx, hi, partial, mean, rstd, terms_w, terms_b, scale, shift,
+                    sizes, has_mean, given, streaming):
+    """backward_sets of few large sets, a piece of a channel's run at a time. hi, scale and shift
+    hold a value of each set, partial the sums of each run's pieces."""
     b, o, g, k, i = sizes
+    pieces = pieces_of(i)
+    for set_ in range(b * g):
+        hi[set_] = mean[set_]
     for unit in prange(b * o * g * k * pieces):
         run = unit // pieces
         piece = unit % pieces
@@ -203,15 +216,7 @@ def product_pieces(dy, x, hi, partial, sizes, pieces):
         s, q = run_products(x[first:stop], dy[first:stop], hi[set_])
         partial[2 * unit] = s
         partial[2 * unit + 1] = q
-
-
-@kernel("aa ddd dd dd tnnn")
-def merge_products(
-    weight, hi, partial, mean, rstd, terms_w, terms_b, scale, shift, sizes, pieces, has_mean, given
-):
-    """backward_sets' terms and coefficients from the pieces."""
-    b, o, g, k, _ = sizes
-    for set_ in prange(b * g):
+    for set_ in range(b * g):
         lo = mean[set_] - float64(hi[set_])
         gy = 0.0
         gyd = 0.0
@@ -227,15 +232,11 @@ def merge_products(
             terms_w[set_ * k + c] = rstd[set_] * (q - lo * s)
             gy += float64(weight[set_ % g * k + c]) * s
             gyd += float64(weight[set_ % g * k + c]) * q
-        count = float64(o * k * sizes[4])
-        scale[set_], shift[set_] = backward_terms(gy, gyd, lo, rstd[set_], count, has_mean)
+        a, c = backward_terms(gy, gyd, lo, rstd[set_], float64(o * k * i), has_mean)
         if given:
-            scale[set_] = shift[set_] = 0.0
-
-
-@kernel("xxax a ddd tnn")
-def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces, streaming):
-    b, o, g, k, i = sizes
+            a = c = 0.0
+        scale[set_] = a
+        shift[set_] = c
     for unit in prange(b * o * g * k * pieces):
         run = unit // pieces
         piece = unit % pieces
@@ -244,10 +245,13 @@ def map_product_pieces(dy, x, weight, dx, hi, rstd, scale, shift, sizes, pieces,
         first = run * i + piece * i // pieces
         stop = run * i + (piece + 1) * i // pieces
         map_products(
-            x[first:stop], dy[first:stop], dx[first:stop], hi[set_], rounded(x, scale[set_]),
-            rounded(x, shift[set_]), rounded(x, rstd[set_] * float64(weight[channel])),
-            streaming,
+            x[first:stop], dy[first:stop], dx[first:stop], hi[set_], scale[set_], shift[set_],
+            rounded(x, rstd[set_] * float64(weight[channel])), streaming,
         )
+
+
+TOGETHER = 8  # rows at most that are summed, and then mapped together
+VALUES = 16384  # and values
 
 
 @kernel("xxax dd dd tnnnn", allocates=True)
@@ -256,37 +260,72 @@ def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, pa
     """backward_sets where i == o == 1; terms_w and terms_b hold [parts][g*k]."""
     b, _, g, k, _ = sizes
     size = g * k
+    together = max(1, min(TOGETHER, VALUES // k))
     for part in prange(parts):
-        sum_w = np.zeros(size, weight.dtype)
-        sum_b = np.zeros(size, weight.dtype)
-        total_w = terms_w[part * size : (part + 1) * size]
-        total_b = terms_b[part * size : (part + 1) * size]
-        total_w[:] = 0.0
-        total_b[:] = 0.0
-        since = 0
-        for set_ in range(part * b // parts * g, (part + 1) * b // parts * g):
-            at = set_ * k
-            w = set_ % g * k
-            hi = rounded(x, mean[set_])
-            lo = mean[set_] - float64(hi)
-            s, q = run_products_weighted(x[at : at + k], dy[at : at + k], weight[w : w + k], hi)
-            scale, shift = backward_terms(s, q, lo, rstd[set_], float64(k), has_mean)
-            if given:
-                scale = shift = 0.0
-            map_products_weighted(
-                x[at : at + k], dy[at : at + k], dx[at : at + k], weight[w : w + k], hi,
-                rounded(x, scale), rounded(x, shift), rounded(x, rstd[set_]),
-                rounded(x, -lo * rstd[set_]), sum_w[w : w + k], sum_b[w : w + k],
-                streaming,
-            )
-            since += 1
-            if since == 16 * g:
-                for j in range(size):
-                    total_w[j] += float64(sum_w[j])
-                    total_b[j] += float64(sum_b[j])
-                    sum_w[j] = 0
-                    sum_b[j] = 0
-                since = 0
+        sum_w = np.zeros(k, weight.dtype)
+        sum_b = np.zeros(k, weight.dtype)
+        terms = np.zeros((5, TOGETHER), weight.dtype)
+        last = (part + 1) * b // parts
+        for group in range(g):
+            own = weight[group * k : (group + 1) * k]
+            total_w = terms_w[part * size + group * k : part * size + (group + 1) * k]
+            total_b = terms_b[part * size + group * k : part * size + (group + 1) * k]
+            total_w[:] = 0.0
+            total_b[:] = 0.0
+            since = 0
+            row = part * b // parts
+            while row < last:
+                rows = min(together, last - row)
+                for r in range(rows):
+                    set_ = (row + r) * g + group
+                    at = set_ * k
+                    hi = rounded(x, mean[set_])
+                    lo = mean[set_] - float64(hi)
+                    s, q = run_products_weighted(x[at : at + k], dy[at : at + k], own, hi)
+                    scale, shift = backward_terms(s, q, lo, rstd[set_], float64(k), has_mean)
+                    if given:
+                        scale = shift = 0.0
+                    terms[0, r] = hi
+                    terms[1, r] = scale
+                    terms[2, r] = shift
+                    terms[3, r] = rstd[set_]
+                    terms[4, r] = -lo * rstd[set_]
+                at = row * size + group * k
+                map_weighted_rows(
+                    x[at:], dy[at:], dx[at:], own, rows, size, terms, sum_w, sum_b, streaming
+                )
+                row += rows
+                since += rows
+                if since >= 16 or row == last:
+                    flush(sum_w, total_w)
+                    flush(sum_b, total_b)
+                    since = 0
+
+
+# ---- what a call ends with -----------------------------------------------------------------------
+
+
+@kernel("ad nff", parallel=False)
+def move_running(running, found, b, factor, momentum):
+    """A running statistic by the mean over b of what was found, times the factor."""
+    g = running.size
+    for group in range(g):
+        total = 0.0
+        for s in range(b):
+            total += found[s * g + group]
+        batch = factor * total / float64(b)
+        running[group] = (1 - momentum) * float64(running[group]) + momentum * batch
+
+
+@kernel("dd aa n", parallel=False)
+def merge_terms(terms_w, terms_b, dweight, dbias, parts):
+    """The sums of the parts' terms, which stay in those of the first."""
+    size = dweight.size
+    for terms, into in ((terms_w, dweight), (terms_b, dbias)):
+        total = terms[:size]
+        for part in range(1, parts):
+            own = terms[part * size : (part + 1) * size]
+            for j in range(size):
+                total[j] += own[j]
         for j in range(size):
-            total_w[j] += float64(sum_w[j])
-            total_b[j] += float64(sum_b[j])
+            into[j] = total[j]

@@ -209,34 +209,30 @@ def on_grid(_typing, array, value):
     return work(array, work), build
 
 
-@intrinsic
-def store(_typing, array, index, value):
-    """A line to array[index], at any address."""
+def _storing(aligned, past_the_caches):
+    @intrinsic
+    def store(_typing, array, index, value):
+        def build(context, builder, _signature, arguments):
+            bits = arguments[2]
+            if array.dtype in SHORT:
+                bits = _narrow(builder, array.dtype, bits)
+            pointer = _pointer(context, builder, array, *arguments[:2], bits.type)
+            size = array.dtype.bitwidth // 8
+            store = builder.store(bits, pointer, align=size * value.lanes if aligned else size)
+            if past_the_caches:
+                one = ir.Constant(ir.IntType(32), 1)
+                store.set_metadata("nontemporal", builder.module.add_metadata([one]))
+            return context.get_dummy_value()
 
-    def build(context, builder, _signature, arguments):
-        vector = context.get_value_type(value)
-        pointer = _pointer(context, builder, array, *arguments[:2], vector)
-        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
+        return types.void(array, types.intp, value), build
 
-    return types.void(array, types.intp, value), build
+    return store
 
 
-@intrinsic
-def stream(_typing, array, index, value):
-    """Store a vector at array[index], which is aligned to its size, past the caches."""
-
-    def build(context, builder, _signature, arguments):
-        bits = arguments[2]
-        if array.dtype in SHORT:
-            bits = _narrow(builder, array.dtype, bits)
-        pointer = _pointer(context, builder, array, *arguments[:2], bits.type)
-        store = builder.store(bits, pointer, align=value.lanes * array.dtype.bitwidth // 8)
-        one = ir.Constant(ir.IntType(32), 1)
-        store.set_metadata("nontemporal", builder.module.add_metadata([one]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, value), build
+# A vector to array[index], rounded as by put: at any address; and to where it is aligned to its
+# size, past the caches.
+store = _storing(aligned=False, past_the_caches=False)
+stream = _storing(aligned=True, past_the_caches=True)
 
 
 @intrinsic

@@ -5,18 +5,21 @@ o slabs of the same channels, place by place as in the columns order, and a chan
 added up at the end. A slab is small enough to stay in cache from the sums to the map.
 """
 
+from math import gcd
+
 import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import inlined, kernel
+from fastnorm.backends.numba_simd import LINE
 from fastnorm.backends.numba_words import (
     RUN,
     add_row_products,
     add_rows,
     backward_terms,
     forward_terms,
-    map_row,
-    map_row_products,
+    map_product_rows,
+    map_rows,
     reciprocal_deviation,
     sample,
     statistics,
@@ -31,6 +34,14 @@ def serves(geometry):
     return (
         geometry.b == geometry.k == 1 and 1 < geometry.i < SHORT_RUN and geometry.o >= MANY
     )
+
+
+@inlined
+def slab_of(i, itemsize):
+    """Channels of a slab: whole lines, where so many make any."""
+    count = max(1, SLAB // i)
+    whole = LINE // itemsize // gcd(i, LINE // itemsize)
+    return count - count % whole if count > whole else count
 
 
 @inlined
@@ -56,7 +67,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
     """numba_rows.forward_sets, or with `given` only the map."""
     _, o, g, _, i = sizes
     stride = g * i
-    most = max(1, SLAB // i)
+    most = slab_of(i, x.itemsize)
     for unit in prange((g + most - 1) // most):
         first = unit * most
         channels = min(most, g - first)
@@ -82,7 +93,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
                 mean[set_], var[set_] = statistics(
                     x, set_ * i, stride, o, i, terms[0, c], sums[0, c], sums[1, c], has_mean
                 )
-                rstd[set_] = reciprocal_deviation(var[set_], eps)
+            rstd[set_] = reciprocal_deviation(var[set_], eps)
             terms[0, c] = mean[set_]
             terms[1, c], terms[2, c] = forward_terms(
                 mean[set_], float64(terms[0, c]), rstd[set_], float64(weight[set_]),
@@ -91,9 +102,8 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
         spread(terms[0], i, hi)
         spread(terms[1], i, scale)
         spread(terms[2], i, shift)
-        for r in range(o):
-            at = r * stride + first * i
-            map_row(x[at : at + n], y[at : at + n], hi, scale, shift, streaming)
+        at = first * i
+        map_rows(x[at:], y[at:], o, stride, hi, scale, shift, streaming)
 
 
 @kernel("xxax dd dd tnnn", allocates=True)
@@ -103,7 +113,7 @@ def backward_slabs(
     """numba_rows.backward_sets."""
     _, o, g, _, i = sizes
     stride = g * i
-    most = max(1, SLAB // i)
+    most = slab_of(i, x.itemsize)
     for unit in prange((g + most - 1) // most):
         first = unit * most
         channels = min(most, g - first)
@@ -136,9 +146,7 @@ def backward_slabs(
         spread(terms[1], i, scale)
         spread(terms[2], i, shift)
         spread(terms[3], i, dscale)
-        for r in range(o):
-            at = r * stride + first * i
-            map_row_products(
-                x[at : at + n], dy[at : at + n], dx[at : at + n], hi, scale, shift, dscale,
-                streaming,
-            )
+        at = first * i
+        map_product_rows(
+            x[at:], dy[at:], dx[at:], o, stride, hi, scale, shift, dscale, streaming
+        )

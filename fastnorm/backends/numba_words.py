@@ -24,6 +24,7 @@ from fastnorm.backends.numba_simd import (
 
 BLOCK = 2048  # values of a run summed in the working type
 RUN = 128  # and of a column
+STEP = 16  # rows of which some columns are summed before the next
 SAMPLES = 8
 
 cancels = inlined(scalar.cancels)
@@ -235,78 +236,143 @@ def map_products(x, dy, dx, hi, scale, shift, dscale, streaming):
     fill_products(x[stop:], dy[stop:], dx[stop:], hi, scale, shift, dscale)
 
 
-@inlined
-def fill_row(x, y, hi, scale, shift):
-    for j in range(x.size):
-        put(y, j, affine(at(x, j), hi[j], scale[j], shift[j]))
+# ---- maps of rows, a coefficient for each place --------------------------------------------------
+#
+# A row starts `stride` values behind the one before it.
 
 
 @inlined
-def map_row(x, y, hi, scale, shift, streaming):
-    """map_run with coefficients for each place."""
-    if not streaming:
-        fill_row(x, y, hi, scale, shift)
-        return
-    first, stop = streamed(y)
-    fill_row(x[:first], y[:first], hi[:first], scale[:first], shift[:first])
-    for j in range(first, stop, lanes(y)):
-        stream(y, j, affine(load(x, j), load(hi, j), load(scale, j), load(shift, j)))
-    fill_row(x[stop:], y[stop:], hi[stop:], scale[stop:], shift[stop:])
+def streamed_rows(y, width, stride, streaming):
+    """(whether, first, stop): which places of all rows are whole lines, as in streamed."""
+    first, stop = streamed(y[:width])
+    if not streaming or first == stop or stride * y.itemsize % LINE:
+        return False, 0, width - width % lanes(y)
+    return True, first, stop
+
+
+def _map_rows(put_line):
+    @inlined
+    def whole_lines(x, y, rows, stride, hi, scale, shift, first, stop):
+        for r in range(rows):
+            for j in range(first, stop, lanes(y)):
+                put_line(y, r * stride + j, affine(
+                    load(x, r * stride + j), load(hi, j), load(scale, j), load(shift, j)
+                ))
+
+    return whole_lines
+
+
+stored_rows, rows_past = _map_rows(store), _map_rows(stream)
 
 
 @inlined
-def fill_row_products(x, dy, dx, hi, scale, shift, dscale):
-    for j in range(x.size):
-        put(dx, j, affine_products(at(x, j), at(dy, j), hi[j], scale[j], shift[j], dscale[j]))
+def fill_rows(x, y, rows, stride, hi, scale, shift, first, stop):
+    for r in range(rows):
+        for j in range(first, stop):
+            put(y, r * stride + j, affine(at(x, r * stride + j), hi[j], scale[j], shift[j]))
 
 
 @inlined
-def map_row_products(x, dy, dx, hi, scale, shift, dscale, streaming):
-    """map_products with coefficients for each place."""
-    if not streaming:
-        fill_row_products(x, dy, dx, hi, scale, shift, dscale)
-        return
-    first, stop = streamed(dx)
-    fill_row_products(
-        x[:first], dy[:first], dx[:first], hi[:first], scale[:first], shift[:first], dscale[:first]
-    )
-    for j in range(first, stop, lanes(dx)):
-        stream(dx, j, affine_products(
-            load(x, j), load(dy, j), load(hi, j), load(scale, j), load(shift, j), load(dscale, j)
-        ))
-    fill_row_products(
-        x[stop:], dy[stop:], dx[stop:], hi[stop:], scale[stop:], shift[stop:], dscale[stop:]
-    )
+def map_rows(x, y, rows, stride, hi, scale, shift, streaming):
+    """map_run of rows."""
+    width = hi.size
+    past, first, stop = streamed_rows(y, width, stride, streaming)
+    if past:
+        rows_past(x, y, rows, stride, hi, scale, shift, first, stop)
+    else:
+        stored_rows(x, y, rows, stride, hi, scale, shift, first, stop)
+    fill_rows(x, y, rows, stride, hi, scale, shift, 0, first)
+    fill_rows(x, y, rows, stride, hi, scale, shift, stop, width)
+
+
+def _map_product_rows(put_line):
+    @inlined
+    def whole_lines(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop):
+        for r in range(rows):
+            for j in range(first, stop, lanes(dx)):
+                put_line(dx, r * stride + j, affine_products(
+                    load(x, r * stride + j), load(dy, r * stride + j), load(hi, j), load(scale, j),
+                    load(shift, j), load(dscale, j),
+                ))
+
+    return whole_lines
+
+
+stored_product_rows, product_rows_past = _map_product_rows(store), _map_product_rows(stream)
 
 
 @inlined
-def fill_products_weighted(
-    x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias
-):
-    for j in range(x.size):
-        d = at(x, j) - hi
-        dweight[j] += at(dy, j) * (d * rstd + offset)
-        dbias[j] += at(dy, j)
-        put(dx, j, d * scale + shift + at(dy, j) * weight[j] * rstd)
+def fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop):
+    for r in range(rows):
+        for j in range(first, stop):
+            put(dx, r * stride + j, affine_products(
+                at(x, r * stride + j), at(dy, r * stride + j), hi[j], scale[j], shift[j], dscale[j]
+            ))
 
 
 @inlined
-def map_products_weighted(
-    x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias, streaming
-):
-    """dx of a run with a weight for each place, and its terms onto dweight and dbias."""
-    if not streaming or streamed(dx) != (0, dx.size):
-        fill_products_weighted(
-            x, dy, dx, weight, hi, scale, shift, rstd, offset, dweight, dbias
-        )
-        return
-    h, a, b, c, e = splat(hi), splat(scale), splat(shift), splat(rstd), splat(offset)
-    for j in range(0, dx.size, lanes(dx)):
-        d = load(x, j) - h
-        u = load(dy, j)
-        store(dweight, j, load(dweight, j) + u * (d * c + e))
-        store(dbias, j, load(dbias, j) + u)
-        stream(dx, j, d * a + b + u * load(weight, j) * c)
+def map_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, streaming):
+    """map_products of rows."""
+    width = hi.size
+    past, first, stop = streamed_rows(dx, width, stride, streaming)
+    if past:
+        product_rows_past(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop)
+    else:
+        stored_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop)
+    fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, 0, first)
+    fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, stop, width)
+
+
+def _map_weighted_rows(put_line):
+    @inlined
+    def lines(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
+        hi, scale, shift, rstd, offset = terms
+        for j in range(first, stop, lanes(x)):
+            w = load(weight, j)
+            s = load(dweight, j)
+            q = load(dbias, j)
+            for r in range(rows):
+                u = load(dy, r * stride + j)
+                d = load(x, r * stride + j) - splat(hi[r])
+                s = s + u * (d * splat(rstd[r]) + splat(offset[r]))
+                q = q + u
+                put_line(
+                    dx, r * stride + j,
+                    d * splat(scale[r]) + splat(shift[r]) + u * w * splat(rstd[r]),
+                )
+            store(dweight, j, s)
+            store(dbias, j, q)
+
+    return lines
+
+
+stored_weighted_rows, weighted_rows_past = _map_weighted_rows(store), _map_weighted_rows(stream)
+
+
+@inlined
+def fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
+    hi, scale, shift, rstd, offset = terms
+    for r in range(rows):
+        for j in range(first, stop):
+            u = at(dy, r * stride + j)
+            d = at(x, r * stride + j) - hi[r]
+            dweight[j] += u * (d * rstd[r] + offset[r])
+            dbias[j] += u
+            put(dx, r * stride + j, d * scale[r] + shift[r] + u * weight[j] * rstd[r])
+
+
+@inlined
+def map_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, streaming):
+    """dx of few rows with a weight for each place, and their terms onto dweight and dbias.
+    terms are (hi, scale, shift, rstd, offset) of each row."""
+    width = weight.size
+    past, first, stop = streamed_rows(dx, width, stride, streaming)
+    if past:
+        weighted_rows_past(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop)
+    else:
+        stored_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop)
+    fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, 0, first)
+    fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, stop, width)
 
 
 # ---- statistics of a set of runs -----------------------------------------------------------------
@@ -353,54 +419,82 @@ def statistics(x, start, stride, runs, n, about, s, q, has_mean):
 # ---- columns -------------------------------------------------------------------------------------
 
 
+def _down_columns(term):
+    """A function of sums down the whole lines of columns: four lines at a time, whose sums stay in
+    registers, and then the others."""
+
+    @inlined
+    def whole_lines(x, dy, rows, stride, about, s, q, stop):
+        w = lanes(x)
+        quads = stop - stop % (4 * w)
+        for j in range(0, quads, 4 * w):
+            c0, c1, c2, c3 = (
+                load(about, j), load(about, j + w), load(about, j + 2 * w), load(about, j + 3 * w)
+            )
+            s0, s1, s2, s3 = load(s, j), load(s, j + w), load(s, j + 2 * w), load(s, j + 3 * w)
+            q0, q1, q2, q3 = load(q, j), load(q, j + w), load(q, j + 2 * w), load(q, j + 3 * w)
+            for r in range(rows):
+                first = r * stride + j
+                a, d = term(x, dy, dy, first, c0)
+                s0, q0 = s0 + a, q0 + a * d
+                a, d = term(x, dy, dy, first + w, c1)
+                s1, q1 = s1 + a, q1 + a * d
+                a, d = term(x, dy, dy, first + 2 * w, c2)
+                s2, q2 = s2 + a, q2 + a * d
+                a, d = term(x, dy, dy, first + 3 * w, c3)
+                s3, q3 = s3 + a, q3 + a * d
+            store(s, j, s0)
+            store(s, j + w, s1)
+            store(s, j + 2 * w, s2)
+            store(s, j + 3 * w, s3)
+            store(q, j, q0)
+            store(q, j + w, q1)
+            store(q, j + 2 * w, q2)
+            store(q, j + 3 * w, q3)
+        for j in range(quads, stop, w):
+            c0, s0, q0 = load(about, j), load(s, j), load(q, j)
+            for r in range(rows):
+                a, d = term(x, dy, dy, r * stride + j, c0)
+                s0, q0 = s0 + a, q0 + a * d
+            store(s, j, s0)
+            store(q, j, q0)
+
+    return whole_lines
+
+
+down_x = _down_columns(term_of_x)
+down_dy = _down_columns(term_of_dy)
+
+
 @inlined
 def add_rows(x, rows, stride, about, s, q):
-    """Onto s and q the sums of run_sums down the columns of `rows` rows, four at a time."""
+    """Onto s and q the sums of run_sums down the columns of rows."""
     width = about.size
-    r = 0
-    while r + 4 <= rows:
-        x0 = x[r * stride : r * stride + width]
-        x1 = x[(r + 1) * stride : (r + 1) * stride + width]
-        x2 = x[(r + 2) * stride : (r + 2) * stride + width]
-        x3 = x[(r + 3) * stride : (r + 3) * stride + width]
-        for j in range(width):
-            a = at(x0, j) - about[j]
-            b = at(x1, j) - about[j]
-            c = at(x2, j) - about[j]
-            d = at(x3, j) - about[j]
-            s[j] += (a + b) + (c + d)
-            q[j] += (a * a + b * b) + (c * c + d * d)
-        r += 4
-    while r < rows:
-        x0 = x[r * stride : r * stride + width]
-        for j in range(width):
-            a = at(x0, j) - about[j]
-            s[j] += a
-            q[j] += a * a
-        r += 1
+    stop = width - width % lanes(x)
+    step = STEP if width > 4 * lanes(x) else rows
+    for row in range(0, rows, step):
+        down_x(x[row * stride :], x, min(step, rows - row), stride, about, s, q, stop)
+    for r in range(rows):
+        for j in range(stop, width):
+            d = at(x, r * stride + j) - about[j]
+            s[j] += d
+            q[j] += d * d
 
 
 @inlined
 def add_row_products(x, dy, rows, stride, about, s, q):
-    """Onto s and q the sums of run_products down the columns of `rows` rows."""
+    """Onto s and q the sums of run_products down the columns of rows."""
     width = about.size
-    r = 0
-    while r + 2 <= rows:
-        x0 = x[r * stride : r * stride + width]
-        x1 = x[(r + 1) * stride : (r + 1) * stride + width]
-        u0 = dy[r * stride : r * stride + width]
-        u1 = dy[(r + 1) * stride : (r + 1) * stride + width]
-        for j in range(width):
-            s[j] += at(u0, j) + at(u1, j)
-            q[j] += at(u0, j) * (at(x0, j) - about[j]) + at(u1, j) * (at(x1, j) - about[j])
-        r += 2
-    while r < rows:
-        x0 = x[r * stride : r * stride + width]
-        u0 = dy[r * stride : r * stride + width]
-        for j in range(width):
-            s[j] += at(u0, j)
-            q[j] += at(u0, j) * (at(x0, j) - about[j])
-        r += 1
+    stop = width - width % lanes(x)
+    step = STEP if width > 4 * lanes(x) else rows
+    for row in range(0, rows, step):
+        down_dy(
+            x[row * stride :], dy[row * stride :], min(step, rows - row), stride, about, s, q, stop
+        )
+    for r in range(rows):
+        for j in range(stop, width):
+            s[j] += at(dy, r * stride + j)
+            q[j] += at(dy, r * stride + j) * (at(x, r * stride + j) - about[j])
 
 
 @inlined
