@@ -5,6 +5,8 @@ A strip of neighbouring sets is finished while its values are in cache: sums run
 each with its own set, and the map goes along its rows, each with its own weight.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numba import float64, prange
 
@@ -28,6 +30,7 @@ MOST_PLACES = 1024
 PARTS = 32  # of the strips, that sum dweight each for themselves
 
 
+@lru_cache(maxsize=1024)
 def cut_strips(geometry, itemsize):
     """(places of a strip, parts), by the geometry alone."""
     places = min(MOST_PLACES, max(64, STRIP // (geometry.k * itemsize)))

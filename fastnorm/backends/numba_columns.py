@@ -7,6 +7,8 @@ copies of a column are merged; `rest` values are left over as one more, shorter 
 depend on threads.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numba import float64, prange
 
@@ -35,6 +37,7 @@ MOST_TILES = 16
 CHUNK = 256  # channels that one thread finishes, about
 
 
+@lru_cache(maxsize=1024)
 def cut_columns(geometry):
     """(cut, tiles) of a geometry."""
     channels = geometry.g * geometry.k
@@ -44,7 +47,8 @@ def cut_columns(geometry):
             copies += 1
         copies = min(copies, geometry.o)
     width, rows = copies * channels, geometry.o // copies
-    tile_rows = max(TILE_ROWS, -(-rows // MOST_TILES), -(-TILE // width))
+    tiles = -(-rows // max(TILE_ROWS, -(-rows // MOST_TILES), -(-TILE // width)))
+    tile_rows = -(-rows // tiles)
     return (copies, width, rows, geometry.o % copies * channels, tile_rows), -(-rows // tile_rows)
 
 
@@ -301,8 +305,9 @@ def forward_tiles(x, y, weight, bias, coefficients, partial, mean, var, rstd, si
     width = cut[1]
     tiles = tiles_of(cut)
     about = coefficients[:width]
+    chunks = (width + CHUNK - 1) // CHUNK
     if not given:
-        for chunk in prange((width + CHUNK - 1) // CHUNK):
+        for chunk in prange(chunks):
             start_columns(
                 x, about, partial, cut, has_mean, chunk * CHUNK, min(width, (chunk + 1) * CHUNK)
             )
@@ -326,37 +331,43 @@ def forward_tiles(x, y, weight, bias, coefficients, partial, mean, var, rstd, si
 @inlined
 def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b, sizes, cut,
                     has_mean, given, from_group, to_group):
+    """Terms of the channels of the groups [from_group, to_group), and the coefficients of their
+    columns."""
     _, o, g, k, _ = sizes
-    copies, width = cut[0], cut[1]
+    width = cut[1]
     channels = g * k
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
     dscale = coefficients[3 * width : 4 * width]
-    for r in range(copies):
-        merge_tiles(partial, width, r * channels + from_group * k, r * channels + to_group * k)
+    first, stop = from_group * k, to_group * k
+    sums, products = partial[first:stop], partial[width + first : width + stop]
+    for r in range(0, width, channels):
+        merge_tiles(partial, width, r + first, r + stop)
+        if r > 0:
+            more, more_products = partial[r + first : r + stop], partial[width + r + first :]
+            for c in range(sums.size):
+                sums[c] += more[c]
+                products[c] += more_products[c]
     for group in range(from_group, to_group):
         lo = mean[group] - float64(hi[group * k])
         gy = 0.0
         gyd = 0.0
         for channel in range(group * k, (group + 1) * k):
-            s = 0.0
-            q = 0.0
-            for c in range(channel, width, channels):
-                s += partial[c]
-                q += partial[width + c]
+            s, q = partial[channel], partial[width + channel]
             terms_b[channel] = s
             terms_w[channel] = rstd[group] * (q - lo * s)
             gy += float64(weight[channel]) * s
             gyd += float64(weight[channel]) * q
+            dscale[channel] = rstd[group] * float64(weight[channel])
         a, b = backward_terms(gy, gyd, lo, rstd[group], float64(o * k), has_mean)
         if given:
             a = b = 0.0
-        for channel in range(group * k, (group + 1) * k):
-            for c in range(channel, width, channels):
-                scale[c] = a
-                shift[c] = b
-                dscale[c] = rstd[group] * float64(weight[channel])
+        scale[group * k : (group + 1) * k] = a
+        shift[group * k : (group + 1) * k] = b
+    copy_columns(scale, channels, first, stop)
+    copy_columns(shift, channels, first, stop)
+    copy_columns(dscale, channels, first, stop)
 
 
 @inlined
@@ -387,8 +398,10 @@ def backward_tiles(dy, x, weight, dx, coefficients, partial, mean, rstd, terms_w
     width = cut[1]
     tiles = tiles_of(cut)
     for s in range(b):
-        for c in range(width):
-            coefficients[s * 4 * width + c] = mean[s * g + c % (g * k) // k] if has_mean else 0.0
+        hi = coefficients[s * 4 * width : s * 4 * width + width]
+        for group in range(g):
+            hi[group * k : (group + 1) * k] = mean[s * g + group] if has_mean else 0.0
+        copy_columns(hi, g * k, 0, g * k)
     for unit in prange(b * tiles):
         s = unit // tiles
         sum_tile(
