@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import allocating, inlined, kernel
+from fastnorm.backends.numba_jit import allocating, called, inlined, kernel
 from fastnorm.backends.numba_simd import at, on_grid, rounded
 from fastnorm.backends.numba_words import (
     RUN,
@@ -52,7 +52,7 @@ def cut_columns(geometry):
     return (copies, width, rows, geometry.o % copies * channels, tile_rows), -(-rows // tile_rows)
 
 
-@inlined
+@called
 def start_columns(x, about, total, cut, has_mean, first, stop):
     """about = a value near the mean of each column [first, stop), exactly the constant of a
     constant column. total is room for a sum of each column."""
@@ -207,7 +207,7 @@ def copy_columns(columns, channels, first, stop):
             into[c] = own[c]
 
 
-@inlined
+@called
 def finish_groups(x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps,
                   has_mean, given, from_group, to_group):
     """Statistics of the groups [from_group, to_group), and the coefficients of their columns."""
@@ -241,7 +241,7 @@ def finish_groups(x, coefficients, partial, weight, bias, mean, var, rstd, sizes
     copy_columns(shift, channels, first, stop)
 
 
-@inlined
+@called
 def map_tile(x, y, coefficients, cut, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
@@ -328,7 +328,7 @@ def forward_tiles(x, y, weight, bias, coefficients, partial, mean, var, rstd, si
 # ---- backward: as in numba_rows, terms of dweight and dbias for each slice ---------------------
 
 
-@inlined
+@called
 def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b, sizes, cut,
                     has_mean, given, from_group, to_group):
     """Terms of the channels of the groups [from_group, to_group), and the coefficients of their
@@ -370,7 +370,7 @@ def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b,
     copy_columns(dscale, channels, first, stop)
 
 
-@inlined
+@called
 def map_product_tile(dy, x, dx, coefficients, cut, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]

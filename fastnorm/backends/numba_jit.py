@@ -33,6 +33,8 @@ UNCOUNTED = {"_nrt": False}
 # LLVM would leave some of them calls, with seven arguments for each array (1.4 to 1.7 times as long
 # at rows of 96, 1.5 times at sets of 49).
 inlined = njit(forceinline=True, **OPTIONS, **UNCOUNTED)
+# What is called once for many values, and would be compiled again at every place.
+called = njit(**OPTIONS, **UNCOUNTED)
 allocating = njit(**OPTIONS)
 
 KERNELS = []
