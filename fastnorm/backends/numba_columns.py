@@ -307,20 +307,30 @@ def forward_tiles(x, y, weight, bias, coefficients, partial, mean, var, rstd, si
     about = coefficients[:width]
     chunks = (width + CHUNK - 1) // CHUNK
     if not given:
-        for chunk in prange(chunks):
-            start_columns(
-                x, about, partial, cut, has_mean, chunk * CHUNK, min(width, (chunk + 1) * CHUNK)
-            )
+        if chunks == 1:  # not worth waking the threads
+            start_columns(x, about, partial, cut, has_mean, 0, width)
+        else:
+            for chunk in prange(chunks):
+                start_columns(
+                    x, about, partial, cut, has_mean, chunk * CHUNK,
+                    min(width, (chunk + 1) * CHUNK),
+                )
         for tile in prange(tiles):
             sum_tile(
                 x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, tile, False
             )
     groups = max(1, CHUNK // k)
-    for chunk in prange((g + groups - 1) // groups):
+    if g <= groups:
         finish_groups(
             x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps, has_mean,
-            given != 0, chunk * groups, min(g, (chunk + 1) * groups),
+            given != 0, 0, g,
         )
+    else:
+        for chunk in prange((g + groups - 1) // groups):
+            finish_groups(
+                x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps, has_mean,
+                given != 0, chunk * groups, min(g, (chunk + 1) * groups),
+            )
     for tile in prange(tiles):
         map_tile(x, y, coefficients, cut, in_turn(tile, tiles, streaming), streaming != 0)
 
