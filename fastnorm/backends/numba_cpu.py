@@ -21,7 +21,7 @@ from fastnorm.backends import numba_fused as after
 from fastnorm.backends import numba_masks as masks
 from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
-from fastnorm.backends.numba_jit import KERNELS, launched
+from fastnorm.backends.numba_jit import KERNELS, launched, threads_of
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import Geometry
 
@@ -180,7 +180,7 @@ def forward(
         elif _in_columns(geometry):
             statistics = (mean, var, rstd)
             _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
-                             streaming)
+                             streaming, threads_of(num_threads))
         elif slabs.serves(geometry):
             run(slabs.forward_slabs, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
                 given, streaming)
@@ -218,13 +218,13 @@ def forward(
 
 
 def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
-                     streaming):
+                     streaming, threads):
     cut, tiles = columns.cut_columns(geometry)
     coefficients = np.empty(geometry.b * 4 * cut[1], weight.dtype)
     partial = np.empty(geometry.b * (1 if given else tiles) * 2 * cut[1])
     last = (weight, bias, coefficients, partial, *statistics, geometry[:5], cut, eps)
     if given or (geometry.b == 1 and tiles > 1):
-        run(columns.forward_tiles, *flat, *last, has_mean, given, streaming)
+        run(columns.forward_tiles, *flat, *last, has_mean, given, streaming, threads)
     else:
         run(columns.forward_slices, *flat, *last, has_mean, streaming)
 
@@ -285,7 +285,7 @@ def backward(
             coefficients = np.empty(geometry.b * 4 * cut[1], work)
             partial = np.empty(geometry.b * tiles * 2 * cut[1])
             run(columns.backward_tiles, dy, x, weight, dx, coefficients, partial, mean, rstd,
-                *terms, sizes, cut, has_mean, given, streaming)
+                *terms, sizes, cut, has_mean, given, streaming, threads_of(num_threads))
         elif slabs.serves(geometry):
             run(slabs.backward_slabs, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
                 streaming)

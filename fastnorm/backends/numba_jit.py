@@ -114,12 +114,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def threads_of(num_threads):
+    """How many a call may use."""
+    most = numba.config.NUMBA_NUM_THREADS
+    return min(num_threads or most, most)
+
+
 class launched:
     """with launched(num_threads, bytes) as run: run(kernel, *arguments), as often as needed."""
 
     def __init__(self, num_threads, size):
-        most = numba.config.NUMBA_NUM_THREADS
-        self.count = min(num_threads or most, most)
+        self.count = threads_of(num_threads)
         self.parallel = self.count > 1 and size >= SERIAL_BYTES and not _forked
 
     def __enter__(self):
