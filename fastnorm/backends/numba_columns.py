@@ -109,13 +109,12 @@ def sum_tile(x, dy, about, partial, cut, tile, backward):
 @inlined
 def merge_tiles(partial, width, first, stop):
     """The sums of columns [first, stop) into those of tile 0."""
-    for sums in range(partial.size // width):
-        if sums > 1:
-            start = sums % 2 * width
-            into = partial[start + first : start + stop]
-            part = partial[sums * width + first : sums * width + stop]
-            for j in range(into.size):
-                into[j] += part[j]
+    for sums in range(2, partial.size // width):
+        start = sums % 2 * width
+        into = partial[start + first : start + stop]
+        part = partial[sums * width + first : sums * width + stop]
+        for j in range(into.size):
+            into[j] += part[j]
 
 
 @inlined

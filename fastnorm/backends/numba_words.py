@@ -174,9 +174,9 @@ def affine_products(x, dy, hi, scale, shift, dscale):
     return (x - hi) * scale + shift + dy * dscale
 
 
-# Plain loops where y is not streamed, of which LLVM makes vectors: spelled out they took as long,
-# and 1.1 times as long down columns. They start at 0: from anywhere else Numba's indices could be
-# negative, and the loops would not become vectors.
+# Plain loops where y is not streamed, of which LLVM makes vectors: spelled out they took as long.
+# They start at 0: from anywhere else Numba's indices could be negative, and the loops would not
+# become vectors.
 
 
 @inlined
@@ -325,7 +325,7 @@ def map_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, streamin
 
 def _map_weighted_rows(put_line):
     @inlined
-    def lines(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
+    def whole_lines(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
         hi, scale, shift, rstd, offset = terms
         for j in range(first, stop, lanes(x)):
             w = load(weight, j)
@@ -343,7 +343,7 @@ def _map_weighted_rows(put_line):
             store(dweight, j, s)
             store(dbias, j, q)
 
-    return lines
+    return whole_lines
 
 
 stored_weighted_rows, weighted_rows_past = _map_weighted_rows(store), _map_weighted_rows(stream)
