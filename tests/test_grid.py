@@ -125,12 +125,13 @@ def test_large(case, dtype, engine):
         check(case, layout, dtype, engine, 3, True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("case", small_cases(), ids=str)
-def test_strides(case, stride, engine):
+def test_strides(case, stride, dtype, engine):
     for layout in layouts(case):
         for use_out in (False, True):
-            check(case, layout, np.float32, engine, 2, use_out, STRIDES[stride])
+            check(case, layout, dtype, engine, 2, use_out, STRIDES[stride])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -56,10 +56,10 @@ class _Alias:
 
 def _flat(array):
     """As a kernel takes it."""
-    if not array.flags.writeable:
-        array = np.asarray(_Alias(array))
     flat = array.reshape(-1)
-    return flat.view(TABLE[array.dtype].bits) if array.itemsize == 2 else flat
+    if array.itemsize == 2:  # before the alias: the interface cannot name bfloat16
+        flat = flat.view(TABLE[array.dtype].bits)
+    return flat if flat.flags.writeable else np.asarray(_Alias(flat))
 
 
 def _parameter(array, work, size, otherwise):
