@@ -174,7 +174,7 @@ def forward(
     streaming = _streaming(2 * x.nbytes, y, x)
     with launched(num_threads, 2 * x.nbytes) as run:
         if geometry.s > 1:
-            places, _ = across.cut_strips(geometry, x.itemsize)
+            places, _ = across.cut_strips(geometry, x.itemsize, 2)
             run(across.forward_across, *flat, weight, bias, mean, var, rstd, sizes, eps, geometry.s,
                 places, has_mean, streaming)
         elif _in_columns(geometry):
@@ -264,7 +264,7 @@ def backward(
     streaming = _streaming(3 * x.nbytes, dx, x, dy)
     parts = geometry.b
     if geometry.s > 1:
-        places, parts = across.cut_strips(geometry, x.itemsize)
+        places, parts = across.cut_strips(geometry, x.itemsize, 3)
     elif geometry.i == geometry.o == 1:
         parts = rows.parts_of(geometry)
     terms = np.empty((2, parts * channels))

@@ -323,6 +323,44 @@ def map_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, streamin
     fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, stop, width)
 
 
+def _map_scaled_rows(put_line):
+    @inlined
+    def whole_lines(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
+        for j in range(first, stop, lanes(y)):
+            h, a, b = load(hi, j), load(scale, j), load(shift, j)
+            for r in range(rows):
+                put_line(y, r * stride + j, affine_weighted(
+                    load(x, r * stride + j), h, a, b, splat(weight[r]), splat(bias[r])
+                ))
+
+    return whole_lines
+
+
+stored_scaled_rows, scaled_rows_past = _map_scaled_rows(store), _map_scaled_rows(stream)
+
+
+@inlined
+def fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
+    for r in range(rows):
+        for j in range(first, stop):
+            put(y, r * stride + j, affine_weighted(
+                at(x, r * stride + j), hi[j], scale[j], shift[j], weight[r], bias[r]
+            ))
+
+
+@inlined
+def map_scaled_rows(x, y, stride, hi, scale, shift, weight, bias, streaming):
+    """map_run_weighted of rows: coefficients for each place, a weight for each row."""
+    width, rows = hi.size, weight.size
+    past, first, stop = streamed_rows(y, width, stride, streaming)
+    if past:
+        scaled_rows_past(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop)
+    else:
+        stored_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop)
+    fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, 0, first)
+    fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, stop, width)
+
+
 def _map_weighted_rows(put_line):
     @inlined
     def whole_lines(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
