@@ -145,7 +145,7 @@ def test_numbas_threads_change_no_bit(norm):
 def test_hard_numbers(engine):
     """Far from 0, constant, huge and tiny; NaN stays in its own place."""
     x = np.random.default_rng(0).normal(size=(2, 40, 70)).astype(np.float32)
-    for scale, offset in ((1, 1e6), (1e15, 0), (1e-15, 0)):
+    for scale, offset in ((1, 1e6), (1e15, 0), (1e25, 0), (1e-15, 0), (1e-22, 0)):
         moved = (x * np.float32(scale) + np.float32(offset)).astype(np.float32)
         wide = np.moveaxis(moved, 1, -1).astype(np.longdouble)
         wanted = oracle.row_norm(wide, wide, 1, None, None, 1e-40, True)["y"]
