@@ -449,7 +449,9 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
         forward(found, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
                 momentum, flags, threads)
     else:
-        flat = (None if array is None else array.reshape(-1) for array in (mean, var, rstd))
+        flat = None, None, None
+        if return_stats:
+            flat = mean.reshape(-1), var.reshape(-1), rstd.reshape(-1)
         engine.forward(found, x, y, weight, bias, eps, *flat, running_mean, running_var, momentum,
                        flags, threads)
     return (y, Statistics(mean, var, rstd, given)) if return_stats else y

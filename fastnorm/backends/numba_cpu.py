@@ -56,7 +56,7 @@ class _Alias:
 
 def _flat(array):
     """As a kernel takes it."""
-    flat = array.reshape(-1)
+    flat = array if array.ndim == 1 else array.reshape(-1)
     if array.itemsize == 2:  # before the alias: the interface cannot name bfloat16
         flat = flat.view(TABLE[array.dtype].bits)
     return flat if flat.flags.writeable else np.asarray(_Alias(flat))
