@@ -203,7 +203,9 @@ print(sum(sum(build.stats.cache_misses.values()) for build in builds))
 @pytest.mark.parametrize("offset", [0, 4, 12])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 1100), (9, 32, 7, 7), (3, 40, 33, 35), (64, 96), (3, 1030)]
+    "shape",
+    [(2, 3, 1100), (9, 32, 7, 7), (3, 40, 33, 35), (64, 96), (3, 1030), (2, 70, 8, 8),
+     (1, 9, 36, 80)],
 )
 def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
     from fastnorm.backends import numba_cpu
@@ -222,12 +224,12 @@ def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
             gradients = fastnorm.batch_norm_backward(dy, x, stats, out=out, **both)
             found.extend(gradient.copy() for gradient in gradients)
             found.append(fastnorm.batch_norm(x, stats.mean, stats.var, out=out, **both).copy())
-        y, stats = fastnorm.layer_norm(x, shape[-1], return_stats=True, out=out, backend="numba")
-        found.append(y.copy())
-        gradients = fastnorm.layer_norm_backward(
-            dy, x, stats, shape[-1], out=out, backend="numba"
-        )
-        found.extend(gradient.copy() for gradient in gradients)
+        for axis in {1, len(shape) - 1}:
+            both = common | {"axis": axis, "out": out, "backend": "numba"}
+            y, stats = fastnorm.layer_norm(x, shape[axis], return_stats=True, **both)
+            found.append(y.copy())
+            gradients = fastnorm.layer_norm_backward(dy, x, stats, shape[axis], **both)
+            found.extend(gradient.copy() for gradient in gradients)
         return found
 
     plain = everything()
