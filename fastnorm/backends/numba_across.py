@@ -11,7 +11,7 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import inlined, kernel
-from fastnorm.backends.numba_simd import at, on_grid
+from fastnorm.backends.numba_simd import LINE, at, on_grid
 from fastnorm.backends.numba_words import (
     RUN,
     SAMPLES,
@@ -116,10 +116,13 @@ def forward_across(
         own = slice(set_, set_ + n)
         set_moments(x, start, s, k, hi, sums, mean[own], var[own], has_mean)
         finish_sets(mean[own], var[own], rstd[own], hi, scale, shift, eps)
-        for r in range(0, k, TOGETHER):
-            place, rows = start + r * s, slice(r, min(r + TOGETHER, k))
+        # Rows that start anywhere in a line are streamed each for itself.
+        alone = streaming and s * y.itemsize % LINE != 0
+        step, stride = (1, 0) if alone else (TOGETHER, s)
+        for r in range(0, k, step):
+            place, rows = start + r * s, slice(r, min(r + step, k))
             map_scaled_rows(
-                x[place:], y[place:], s, hi, scale, shift, weight[rows], bias[rows], streaming
+                x[place:], y[place:], stride, hi, scale, shift, weight[rows], bias[rows], streaming
             )
 
 
