@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import allocating, called, inlined, kernel
+from fastnorm.backends.numba_jit import BACKWARD, FORWARD, allocating, called, inlined, kernel
+from fastnorm.backends.numba_rows import merge_terms
 from fastnorm.backends.numba_simd import at, on_grid, rounded
 from fastnorm.backends.numba_words import (
     RUN,
@@ -30,10 +31,11 @@ from fastnorm.backends.numba_words import (
 )
 
 NARROW = 16  # the width of few columns becomes a multiple of this
-WIDE = 256  # and at least this
+WIDE = 64  # and at least this
 TILE = 65536  # values in a tile, at least,
 TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
 MOST_TILES = 16
+STRIP = 1024  # columns summed and mapped down a tile: what belongs to them stays in the first cache
 CHUNK = 256  # channels that one thread finishes, about
 
 
@@ -42,7 +44,7 @@ def cut_columns(geometry):
     """(cut, tiles) of a geometry."""
     channels = geometry.g * geometry.k
     copies = 1
-    if channels < WIDE:
+    if channels < 256:
         while copies * channels % NARROW or copies * channels < WIDE:
             copies += 1
         copies = min(copies, geometry.o)
@@ -53,57 +55,53 @@ def cut_columns(geometry):
 
 
 @called
-def start_columns(x, about, total, cut, has_mean, first, stop):
+def start_columns(x, about, cut, has_mean, first, stop):
     """about = a value near the mean of each column [first, stop), exactly the constant of a
-    constant column. total is room for a sum of each column."""
+    constant column."""
     width, rows = cut[1], cut[2]
-    count = min(rows, 2 * SAMPLES)
-    near, own = about[first:stop], total[first:stop]
+    count = min(rows, 2 * SAMPLES, max(4, rows // 8))
+    near = about[first:stop]
     near[:] = 0
     if not has_mean:
         return
-    own[:] = 0.0
     start = x[first:stop]
     for j in range(1, count):
         row = j * rows // count * width
         sampled = x[row + first : row + stop]
-        for c in range(own.size):
-            own[c] += float64(at(sampled, c)) - float64(at(start, c))
-    for c in range(own.size):
-        value = float64(at(start, c)) + own[c] / count
+        for c in range(near.size):
+            near[c] += at(sampled, c) - at(start, c)
+    inverse = rounded(x, 1.0 / count)
+    for c in range(near.size):
+        value = at(start, c) + near[c] * inverse
         near[c] = on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 
 @allocating
-def sum_tile(x, dy, about, partial, cut, tile, backward):
+def sum_tile(x, dy, about, partial, cut, step, tile, backward):
     """partial[0] and partial[1] = the sums of a tile's columns."""
     _, width, rows, rest, tile_rows = cut
-    row = tile * tile_rows
-    stop = min(rows, row + tile_rows)
+    first, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
     s = np.zeros(width, about.dtype)
     q = np.zeros(width, about.dtype)
-    total_s = partial[:width]
-    total_q = partial[width:]
     partial[:] = 0.0
-    while row < stop:
-        count = min(RUN, stop - row)
-        block = x[row * width : (row + count) * width]
-        if backward:
-            add_row_products(
-                block, dy[row * width : (row + count) * width], count, width, about, s, q
-            )
-        else:
-            add_rows(block, count, width, about, s, q)
-        flush(s, total_s)
-        flush(q, total_q)
-        row += count
+    for c in range(0, width, STRIP):
+        own = slice(c, min(width, c + STRIP))
+        for row in range(first, stop, RUN):
+            at, count = row * width + c, min(RUN, stop - row)
+            if backward:
+                add_row_products(x[at:], dy[at:], count, width, about[own], s[own], q[own], step)
+            else:
+                add_rows(x[at:], count, width, about[own], s[own], q[own], step)
+            flush(s[own], partial[:width][own])
+            flush(q[own], partial[width:][own])
     if stop == rows and rest > 0:
+        at = rows * width
         if backward:
-            add_row_products(x[rows * width :], dy[rows * width :], 1, 0, about[:rest], s, q)
+            add_row_products(x[at:], dy[at:], 1, 0, about[:rest], s, q, 1)
         else:
-            add_rows(x[rows * width :], 1, 0, about[:rest], s, q)
-        flush(s[:rest], total_s[:rest])
-        flush(q[:rest], total_q[:rest])
+            add_rows(x[at:], 1, 0, about[:rest], s, q, 1)
+        flush(s[:rest], partial[:rest])
+        flush(q[:rest], partial[width : width + rest])
 
 
 @inlined
@@ -182,6 +180,12 @@ def rows_of_copy(o, copies, r):
 @inlined
 def group_moments(means, squares, mean, var, o, k, from_group, to_group):
     """Chan's merge of the channels of each group."""
+    if k == 1:
+        for group in range(from_group, to_group):
+            mean[group] = means[group]
+        for group in range(from_group, to_group):
+            var[group] = squares[group] / float64(o)
+        return
     for group in range(from_group, to_group):
         first = group * k
         total = 0.0
@@ -194,6 +198,48 @@ def group_moments(means, squares, mean, var, o, k, from_group, to_group):
             m2 += squares[channel] + d * d * float64(o)
         mean[group] = found
         var[group] = m2 / float64(o * k)
+
+
+# Where a channel is a group, a loop for each output: LLVM makes vectors of them.
+
+
+@inlined
+def channel_terms(x, hi, scale, shift, weight, bias, mean, var, rstd, eps):
+    for c in range(hi.size):
+        rstd[c] = reciprocal_deviation(var[c], eps)
+    for c in range(hi.size):
+        hi[c] = rounded(x, mean[c])
+    for c in range(hi.size):
+        scale[c] = forward_terms(mean[c], 0.0, rstd[c], float64(weight[c]), 0.0)[0]
+    for c in range(hi.size):
+        shift[c] = forward_terms(
+            mean[c], float64(hi[c]), rstd[c], float64(weight[c]), float64(bias[c])
+        )[1]
+
+
+@inlined
+def channel_products(hi, scale, shift, dscale, weight, s, q, mean, rstd, terms_w, terms_b, count,
+                     has_mean, given):
+    for c in range(s.size):
+        terms_b[c] = s[c]
+    for c in range(s.size):
+        terms_w[c] = rstd[c] * (q[c] - (mean[c] - float64(hi[c])) * s[c])
+    for c in range(s.size):
+        dscale[c] = rstd[c] * float64(weight[c])
+    if given:
+        scale[:] = 0
+        shift[:] = 0
+        return
+    for c in range(s.size):
+        w = float64(weight[c])
+        scale[c] = backward_terms(
+            w * s[c], w * q[c], mean[c] - float64(hi[c]), rstd[c], count, has_mean
+        )[0]
+    for c in range(s.size):
+        w = float64(weight[c])
+        shift[c] = backward_terms(
+            w * s[c], w * q[c], mean[c] - float64(hi[c]), rstd[c], count, has_mean
+        )[1]
 
 
 @inlined
@@ -226,7 +272,8 @@ def finish_groups(x, coefficients, partial, weight, bias, mean, var, rstd, sizes
         if copies > 1:
             merge_copies(means, squares, copies, channels, o, first, stop)
         group_moments(means, squares, mean, var, o, k, from_group, to_group)
-    for group in range(from_group, to_group):
+    own = slice(first, stop)
+    for group in range(from_group, to_group if k > 1 else from_group):
         rstd[group] = reciprocal_deviation(var[group], eps)
         center = rounded(x, mean[group])
         for channel in range(group * k, (group + 1) * k):
@@ -235,24 +282,30 @@ def finish_groups(x, coefficients, partial, weight, bias, mean, var, rstd, sizes
                 mean[group], float64(center), rstd[group], float64(weight[channel]),
                 float64(bias[channel]),
             )
+    if k == 1:
+        channel_terms(x, hi[own], scale[own], shift[own], weight[own], bias[own], mean[own],
+                      var[own], rstd[own], eps)
     copy_columns(hi, channels, first, stop)
     copy_columns(scale, channels, first, stop)
     copy_columns(shift, channels, first, stop)
 
 
 @called
-def map_tile(x, y, coefficients, cut, tile, streaming):
+def map_tile(x, y, coefficients, cut, step, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
     row, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
-    map_rows(
-        x[row * width :], y[row * width :], stop - row, width, hi, scale, shift, streaming
-    )
+    for c in range(0, width, STRIP):
+        start, own = row * width + c, slice(c, min(width, c + STRIP))
+        map_rows(
+            x[start:], y[start:], stop - row, width, hi[own], scale[own], shift[own], step,
+            streaming,
+        )
     if stop == rows and rest > 0:
         map_rows(
-            x[rows * width :], y[rows * width :], 1, 0, hi[:rest], scale[:rest], shift[:rest],
+            x[rows * width :], y[rows * width :], 1, 0, hi[:rest], scale[:rest], shift[:rest], 1,
             False,
         )
 
@@ -272,71 +325,76 @@ def tiles_of(cut):
     return (cut[2] + cut[4] - 1) // cut[4]
 
 
-@kernel("xx aa a d ddd t t fnn", allocates=True)
-def forward_slices(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
-                   has_mean, streaming):
+@kernel(FORWARD, sizes=13, allocates=True)
+def forward_slices(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Each slice, all steps."""
-    b, o, g, k, _ = sizes
+    b, o, g, k, _ = sizes[:5]
+    cut, step = sizes[5:10], sizes[12]
     size = o * g * k
     width = cut[1]
     tiles = tiles_of(cut)
+    coefficients = np.empty(b * 4 * width, weight.dtype)
+    partial = np.empty(b * tiles * 2 * width)
     for s in prange(b):
         xs = x[s * size : (s + 1) * size]
         ys = y[s * size : (s + 1) * size]
         own = coefficients[s * 4 * width : (s + 1) * 4 * width]
         sums = partial[s * tiles * 2 * width : (s + 1) * tiles * 2 * width]
-        start_columns(xs, own[:width], sums[:width], cut, has_mean, 0, width)
+        start_columns(xs, own[:width], cut, has_mean, 0, width)
         for tile in range(tiles):
             sum_tile(
-                xs, xs, own[:width], sums[tile * 2 * width : (tile + 1) * 2 * width], cut, tile,
-                False,
+                xs, xs, own[:width], sums[tile * 2 * width : (tile + 1) * 2 * width], cut, step,
+                tile, False,
             )
         finish_groups(
             xs, own, sums, weight, bias, mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g],
-            rstd[s * g : (s + 1) * g], sizes, cut, eps, has_mean, False, 0, g,
+            rstd[s * g : (s + 1) * g], sizes[:5], cut, eps, has_mean, False, 0, g,
         )
         for tile in range(tiles):
-            map_tile(xs, ys, own, cut, tiles - 1 - tile, streaming != 0)
+            map_tile(xs, ys, own, cut, step, tiles - 1 - tile, streaming != 0)
 
 
-@kernel("xx aa a d ddd t t fnnnn", allocates=True)
-def forward_tiles(x, y, weight, bias, coefficients, partial, mean, var, rstd, sizes, cut, eps,
-                  has_mean, given, streaming, threads):
+@kernel(FORWARD, sizes=13, allocates=True)
+def forward_tiles(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """One slice, a tile at a time; given: only the map."""
-    _, _, g, k, _ = sizes
+    _, _, g, k, _ = sizes[:5]
+    cut = sizes[5:10]
+    given, threads, step = sizes[10:]
     width = cut[1]
     tiles = tiles_of(cut)
+    coefficients = np.empty(4 * width, weight.dtype)
+    partial = np.empty((1 if given else tiles) * 2 * width)
     about = coefficients[:width]
     chunks = (width + CHUNK - 1) // CHUNK
     if not given:
         if chunks == 1:  # not worth waking the threads
-            start_columns(x, about, partial, cut, has_mean, 0, width)
+            start_columns(x, about, cut, has_mean, 0, width)
         else:
             for chunk in prange(chunks):
                 start_columns(
-                    x, about, partial, cut, has_mean, chunk * CHUNK,
-                    min(width, (chunk + 1) * CHUNK),
+                    x, about, cut, has_mean, chunk * CHUNK, min(width, (chunk + 1) * CHUNK)
                 )
         for tile in prange(tiles):
             sum_tile(
-                x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, tile, False
+                x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, step, tile,
+                False,
             )
     groups = max(1, CHUNK // k)
     if g <= groups:
         finish_groups(
-            x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps, has_mean,
+            x, coefficients, partial, weight, bias, mean, var, rstd, sizes[:5], cut, eps, has_mean,
             given != 0, 0, g,
         )
     else:
         for chunk in prange((g + groups - 1) // groups):
             finish_groups(
-                x, coefficients, partial, weight, bias, mean, var, rstd, sizes, cut, eps, has_mean,
-                given != 0, chunk * groups, min(g, (chunk + 1) * groups),
+                x, coefficients, partial, weight, bias, mean, var, rstd, sizes[:5], cut, eps,
+                has_mean, given != 0, chunk * groups, min(g, (chunk + 1) * groups),
             )
     for part in prange(threads):
         for unit in range(part * tiles // threads, (part + 1) * tiles // threads):
             tile = in_turn(unit, part, threads, tiles, streaming)
-            map_tile(x, y, coefficients, cut, tile, streaming != 0)
+            map_tile(x, y, coefficients, cut, step, tile, streaming != 0)
 
 
 # ---- backward: as in numba_rows, terms of dweight and dbias for each slice ---------------------
@@ -363,7 +421,12 @@ def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b,
             for c in range(sums.size):
                 sums[c] += more[c]
                 products[c] += more_products[c]
-    for group in range(from_group, to_group):
+    if k == 1:
+        own = slice(first, stop)
+        channel_products(hi[own], scale[own], shift[own], dscale[own], weight[own], sums,
+                         products[: sums.size], mean[own], rstd[own], terms_w[own], terms_b[own],
+                         float64(o), has_mean, given)
+    for group in range(from_group, to_group if k > 1 else from_group):
         lo = mean[group] - float64(hi[group * k])
         gy = 0.0
         gyd = 0.0
@@ -385,43 +448,54 @@ def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b,
 
 
 @called
-def map_product_tile(dy, x, dx, coefficients, cut, tile, streaming):
+def map_product_tile(dy, x, dx, coefficients, cut, step, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
     shift = coefficients[2 * width : 3 * width]
     dscale = coefficients[3 * width : 4 * width]
     row, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
-    map_product_rows(
-        x[row * width :], dy[row * width :], dx[row * width :], stop - row, width, hi, scale,
-        shift, dscale, streaming,
-    )
+    for c in range(0, width, STRIP):
+        start, own = row * width + c, slice(c, min(width, c + STRIP))
+        map_product_rows(
+            x[start:], dy[start:], dx[start:], stop - row, width, hi[own], scale[own], shift[own],
+            dscale[own], step, streaming,
+        )
     if stop == rows and rest > 0:
         map_product_rows(
             x[rows * width :], dy[rows * width :], dx[rows * width :], 1, 0, hi[:rest],
-            scale[:rest], shift[:rest], dscale[:rest], False,
+            scale[:rest], shift[:rest], dscale[:rest], 1, False,
         )
 
 
-@kernel("xxax a d dd dd t t nnnn", allocates=True)
-def backward_tiles(dy, x, weight, dx, coefficients, partial, mean, rstd, terms_w, terms_b, sizes,
-                   cut, has_mean, given, streaming, threads):
+@kernel(BACKWARD, sizes=13, allocates=True)
+def backward_tiles(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
+                   streaming):
     """All slices, a tile at a time."""
-    b, o, g, k, _ = sizes
+    b, o, g, k, _ = sizes[:5]
+    cut, threads, step = sizes[5:10], sizes[11], sizes[12]
     size = o * g * k
     width = cut[1]
     tiles = tiles_of(cut)
+    coefficients = np.empty(b * 4 * width, weight.dtype)
+    partial = np.empty(b * tiles * 2 * width)
+    terms_w, terms_b = terms[: b * g * k], terms[b * g * k :]
     for s in range(b):
         hi = coefficients[s * 4 * width : s * 4 * width + width]
-        for group in range(g):
-            hi[group * k : (group + 1) * k] = mean[s * g + group] if has_mean else 0.0
+        own = mean[s * g : (s + 1) * g]
+        if k == 1:
+            for c in range(own.size):
+                hi[c] = own[c]
+        else:
+            for group in range(g):
+                hi[group * k : (group + 1) * k] = own[group]
         copy_columns(hi, g * k, 0, g * k)
     for unit in prange(b * tiles):
         s = unit // tiles
         sum_tile(
             x[s * size : (s + 1) * size], dy[s * size : (s + 1) * size],
             coefficients[s * 4 * width : s * 4 * width + width],
-            partial[unit * 2 * width : (unit + 1) * 2 * width], cut, unit % tiles, True,
+            partial[unit * 2 * width : (unit + 1) * 2 * width], cut, step, unit % tiles, True,
         )
     groups = max(1, CHUNK // k)
     chunks = (g + groups - 1) // groups
@@ -431,8 +505,8 @@ def backward_tiles(dy, x, weight, dx, coefficients, partial, mean, rstd, terms_w
             weight, coefficients[s * 4 * width : (s + 1) * 4 * width],
             partial[s * tiles * 2 * width : (s + 1) * tiles * 2 * width],
             mean[s * g : (s + 1) * g], rstd[s * g : (s + 1) * g],
-            terms_w[s * g * k : (s + 1) * g * k], terms_b[s * g * k : (s + 1) * g * k], sizes, cut,
-            has_mean, given, chunk * groups, min(g, (chunk + 1) * groups),
+            terms_w[s * g * k : (s + 1) * g * k], terms_b[s * g * k : (s + 1) * g * k], sizes[:5],
+            cut, has_mean, given, chunk * groups, min(g, (chunk + 1) * groups),
         )
     for part in prange(threads):
         for unit in range(part * b * tiles // threads, (part + 1) * b * tiles // threads):
@@ -441,5 +515,6 @@ def backward_tiles(dy, x, weight, dx, coefficients, partial, mean, rstd, terms_w
             map_product_tile(
                 dy[s * size : (s + 1) * size], x[s * size : (s + 1) * size],
                 dx[s * size : (s + 1) * size], coefficients[s * 4 * width : (s + 1) * 4 * width],
-                cut, turn % tiles, streaming != 0,
+                cut, step, turn % tiles, streaming != 0,
             )
+    merge_terms(terms, dweight, dbias, b)

@@ -7,8 +7,9 @@ compiled and launched.
 
 import os
 import platform
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -21,7 +22,8 @@ from fastnorm.backends import numba_fused as after
 from fastnorm.backends import numba_masks as masks
 from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
-from fastnorm.backends.numba_jit import KERNELS, launched, threads_of
+from fastnorm.backends.numba_jit import KERNELS, Kernel, launch, threads_of
+from fastnorm.backends.numba_words import IN_ORDER, STEP
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import Geometry
 
@@ -62,26 +64,27 @@ def _flat(array):
     return flat if flat.flags.writeable else np.asarray(_Alias(flat))
 
 
+@lru_cache(maxsize=32)
+def _filled(size, work, value):
+    return np.full(size, value, work)
+
+
 def _parameter(array, work, size, otherwise):
     if array is None:
-        return np.full(size, otherwise, work)
+        return _filled(size, work, otherwise)
     return _flat(array if array.dtype == work else array.astype(work))
 
 
 def _of_type(array, size, work):
     """An array of the working type to write: the given one, where it is."""
     if array is not None and array.dtype == work:
-        return array.reshape(-1)
+        return array if array.ndim == 1 else array.reshape(-1)
     return np.empty(size, work)
 
 
 def _apart(array, written):
     """An array that is read after `written` is: a copy where it is the same."""
     return array.copy() if array is not None and np.shares_memory(array, written) else array
-
-
-def _statistic(array, size):
-    return np.empty(size) if array is None else array
 
 
 @cache
@@ -97,11 +100,107 @@ def _last_level_bytes():
     return max(sizes[1:] or sizes)
 
 
-def _streaming(moved, into, *read):
-    """1 where outputs pass the caches by: they would not stay there, nor are they read again. From
-    how large on was measured for the native kernels."""
-    large = moved > _last_level_bytes() // 8 * 5
-    return int(large and all(into.ctypes.data != a.ctypes.data for a in read))
+# ---- what is the same for all calls of a geometry ------------------------------------------------
+
+
+class Plan(NamedTuple):
+    kernel: Kernel
+    sizes: tuple  # its own integers
+    moved: int  # bytes
+    threads: int
+    # Outputs pass the caches by where they would not stay there, nor are they read again. From how
+    # large on was measured for the native kernels.
+    large: bool
+    work: np.dtype
+    channels: int
+    sets: int
+    has_mean: int
+    given: int
+    parts: int = 1  # backward: that sum dweight and dbias each for themselves
+
+
+def _in_columns(geometry):
+    return geometry.i == 1 and geometry.o > 1
+
+
+def _step(read, cut):
+    """See numba_words. What belongs to the columns must stay in the first cache, in order."""
+    narrow = cut[1] <= columns.STRIP
+    return IN_ORDER if narrow and read > _last_level_bytes() // 4 else STEP
+
+
+def _planned(geometry, dtype, flags, num_threads, arrays):
+    """What forward_plan and backward_plan share; `arrays` are read and written."""
+    sets, channels = geometry.b * geometry.g * geometry.s, geometry.g * geometry.k
+    moved = arrays * sets * geometry.values * dtype.itemsize
+    return {
+        "moved": moved,
+        "threads": threads_of(num_threads, moved),
+        "large": moved > _last_level_bytes() // 8 * 5,
+        "work": TABLE[dtype].work,
+        "channels": channels,
+        "sets": sets,
+        "has_mean": int(not flags & NO_MEAN),
+        "given": int(bool(flags & GIVEN_STATISTICS)),
+    }
+
+
+@lru_cache(maxsize=1024)
+def forward_plan(geometry, dtype, flags, num_threads):
+    common = _planned(geometry, dtype, flags, num_threads, 2)
+    sets, given = common["sets"], common["given"]
+    sizes = geometry[:5]
+    if geometry.s > 1:
+        kernel = across.forward_across
+        places, _ = across.cut_strips(geometry, dtype.itemsize, 2)
+        sizes = (geometry.b, geometry.k, geometry.s, places)
+    elif _in_columns(geometry) or (given and geometry.i == 1):
+        cut, tiles = columns.cut_columns(geometry)
+        whole = given or (geometry.b == 1 and tiles > 1)
+        kernel = columns.forward_tiles if whole else columns.forward_slices
+        sizes = (*sizes, *cut, given, common["threads"], _step(common["moved"] // 2, cut))
+    elif slabs.serves(geometry, given):
+        kernel = slabs.forward_slabs
+        sizes = (*sizes, given)
+    elif given:
+        kernel = rows.forward_given
+    elif geometry.i == geometry.o == 1:
+        kernel = rows.forward_elements
+    elif sets < FEW and geometry.values > rows.TILE:
+        kernel = rows.forward_pieces
+    else:
+        kernel = rows.forward_sets
+    return Plan(kernel, sizes, **common)
+
+
+@lru_cache(maxsize=1024)
+def backward_plan(geometry, dtype, flags, num_threads):
+    common = _planned(geometry, dtype, flags, num_threads, 3)
+    sizes = geometry[:5]
+    parts = geometry.b
+    if geometry.s > 1:
+        kernel = across.backward_across
+        places, parts = across.cut_strips(geometry, dtype.itemsize, 3)
+        sizes = (geometry.b, geometry.k, geometry.s, places, parts)
+    elif _in_columns(geometry):
+        kernel = columns.backward_tiles
+        cut, _ = columns.cut_columns(geometry)
+        step = _step(common["moved"] // 3 * 2, cut)
+        sizes = (*sizes, *cut, common["given"], common["threads"], step)
+    elif slabs.serves(geometry):
+        kernel = slabs.backward_slabs
+    elif geometry.i == geometry.o == 1:
+        kernel = rows.backward_elements
+        parts = rows.parts_of(geometry)
+        sizes = (*sizes, parts)
+    elif common["sets"] < FEW and geometry.values > rows.TILE:
+        kernel = rows.backward_pieces
+    else:
+        kernel = rows.backward_sets
+    return Plan(kernel, sizes, **common, parts=parts)
+
+
+# ---- calls -----------------------------------------------------------------------------------
 
 
 # Sets across with anything beside are computed as rows of a transposed copy: two more passes over
@@ -133,104 +232,133 @@ def _turn_back(geometry, turned, into):
     into.reshape(geometry.b, geometry.k, geometry.s)[...] = turned.reshape(shape).swapaxes(1, 2)
 
 
-def _in_columns(geometry):
-    return geometry.i == 1 and geometry.o > 1
-
-
 def forward(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
     num_threads, fused=NOTHING,
 ):
-    if _turns(geometry, fused):
-        rows_of, turned, fused = _turned(geometry, (x,), fused)
-        into = np.empty_like(turned[0])
-        forward(rows_of, *turned, into, weight, bias, eps, mean, var, rstd, running_mean,
-                running_var, momentum, flags, num_threads, fused)
-        _turn_back(geometry, into, y)
-        return
-    if fused.mask is not None and x.size > 0:
-        masks.forward(forward, geometry, x, y, weight, bias, eps, (mean, var, rstd),
-                      (running_mean, running_var), momentum, flags, num_threads, fused)
-        return
-    sets, channels = geometry.b * geometry.g * geometry.s, geometry.g * geometry.k
-    residual = None
-    if fused.sum is not None:
-        x = np.add(x, fused.residual, out=fused.sum)
-    elif fused.residual is not None:
-        residual = _apart(fused.residual, y)
-    mean, var, rstd = _statistic(mean, sets), _statistic(var, sets), _statistic(rstd, sets)
     if x.size == 0:
-        mean[:] = var[:] = rstd[:] = 0
+        for statistic in (mean, var, rstd):
+            if statistic is not None:
+                statistic[:] = 0
         return
-    given, has_mean = int(bool(flags & GIVEN_STATISTICS)), int(not flags & NO_MEAN)
-    if given:
+    if fused is not NOTHING:
+        _forward_beside(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean,
+                        running_var, momentum, flags, num_threads, fused)
+        return
+    plan = forward_plan(geometry, x.dtype, flags, num_threads)
+    if mean is None or var is None or rstd is None:
+        room = np.empty((3, plan.sets))
+        mean, var, rstd = (
+            own if array is None else array
+            for own, array in zip(room, (mean, var, rstd), strict=True)
+        )
+    if plan.given:
         mean[:], var[:] = running_mean, running_var
-    work = TABLE[x.dtype].work
-    weight = _parameter(weight, work, channels, 1)
-    bias = _parameter(bias, work, channels, 0)
-    again = x.itemsize == 2 and (fused.activation or residual is not None)
-    flat = (_flat(_apart(x, y) if again else x), _flat(y))
-    sizes = geometry[:5]
-    streaming = _streaming(2 * x.nbytes, y, x)
-    with launched(num_threads, 2 * x.nbytes) as run:
-        if geometry.s > 1:
-            places, _ = across.cut_strips(geometry, x.itemsize, 2)
-            run(across.forward_across, *flat, weight, bias, mean, var, rstd, sizes, eps, geometry.s,
-                places, has_mean, streaming)
-        elif _in_columns(geometry):
-            statistics = (mean, var, rstd)
-            _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
-                             streaming, threads_of(num_threads))
-        elif slabs.serves(geometry):
-            run(slabs.forward_slabs, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
-                given, streaming)
-        elif not given and geometry.i == geometry.o == 1:
-            run(rows.forward_elements, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
-                streaming)
-        elif given or (sets < FEW and geometry.values > rows.TILE):
-            pieces = 0 if given else rows.pieces_in(geometry.k * geometry.i)
-            about = np.empty(sets)
-            partial = np.empty(2 * geometry.b * geometry.o * geometry.g * pieces)
-            run(rows.forward_pieces, *flat, weight, bias, about, partial, mean, var, rstd, sizes,
-                eps, has_mean, given, streaming)
-        else:
-            run(rows.forward_sets, *flat, weight, bias, mean, var, rstd, sizes, eps, has_mean,
-                streaming)
-        if fused.activation or residual is not None:
-            has_residual = int(residual is not None)
-            beside = _flat(residual) if has_residual else flat[0]
-            last = (fused.activation, fused.slope, has_residual)
-            if again:
-                run(after.finish_again, flat[0], flat[0], beside, weight, bias, flat[1],
-                    after.room_for_z(geometry, work), mean, rstd, sizes, *last, 0)
-            else:
-                run(after.finish, flat[1], beside, *last)
-    if given or (running_mean is None and running_var is None):
+    launch(
+        plan.kernel, plan.threads, _flat(x), _flat(y),
+        _parameter(weight, plan.work, plan.channels, 1),
+        _parameter(bias, plan.work, plan.channels, 0), mean, var, rstd, plan.sizes, eps,
+        plan.has_mean, int(plan.large and not np.may_share_memory(x, y)),
+    )
+    if plan.given or (running_mean is None and running_var is None):
         return
     values = geometry.values
     factor = 1.0 if flags & BIASED_RUNNING_VAR else values / max(values - 1, 1)
     for running, found, by in ((running_mean, mean, 1.0), (running_var, var, factor)):
         if running is not None:
-            moved = running if running.dtype == work else running.astype(work)
+            moved = running if running.dtype == plan.work else running.astype(plan.work)
             rows.move_running.serial(moved, found, geometry.b, by, momentum)
             if moved is not running:
                 running[:] = moved
 
 
-def _forward_columns(run, geometry, flat, weight, bias, eps, statistics, has_mean, given,
-                     streaming, threads):
-    cut, tiles = columns.cut_columns(geometry)
-    coefficients = np.empty(geometry.b * 4 * cut[1], weight.dtype)
-    partial = np.empty(geometry.b * (1 if given else tiles) * 2 * cut[1])
-    last = (weight, bias, coefficients, partial, *statistics, geometry[:5], cut, eps)
-    if given or (geometry.b == 1 and tiles > 1):
-        run(columns.forward_tiles, *flat, *last, has_mean, given, streaming, threads)
-    else:
-        run(columns.forward_slices, *flat, *last, has_mean, streaming)
-
-
 def backward(
     geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused=NOTHING
+):
+    if x.size == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient[:] = 0
+        return
+    if fused is not NOTHING:
+        _backward_beside(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags,
+                         num_threads, fused)
+        return
+    plan = backward_plan(geometry, x.dtype, flags, num_threads)
+    into_w = _of_type(dweight, plan.channels, plan.work)
+    into_b = _of_type(dbias, plan.channels, plan.work)
+    shared = plan.large and (np.may_share_memory(dx, x) or np.may_share_memory(dx, dy))
+    launch(
+        plan.kernel, plan.threads, _flat(dy), _flat(x),
+        _parameter(weight, plan.work, plan.channels, 1), _flat(dx),
+        _flat(mean) if plan.has_mean else np.zeros(plan.sets), _flat(rstd),
+        np.empty(2 * plan.parts * plan.channels), into_w, into_b, plan.sizes, plan.has_mean,
+        plan.given, int(plan.large and not shared),
+    )
+    for gradient, found in ((dweight, into_w), (dbias, into_b)):
+        if gradient is not None and gradient.dtype != plan.work:
+            gradient[...] = found.reshape(gradient.shape)
+
+
+# ---- calls with something beside -------------------------------------------------------------
+
+
+def _forward_beside(
+    geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
+    num_threads, fused,
+):
+    last = (running_mean, running_var, momentum, flags, num_threads)
+    if _turns(geometry, fused):
+        rows_of, turned, fused = _turned(geometry, (x,), fused)
+        into = np.empty_like(turned[0])
+        forward(rows_of, *turned, into, weight, bias, eps, mean, var, rstd, *last, fused)
+        _turn_back(geometry, into, y)
+        return
+    if fused.mask is not None:
+        masks.forward(forward, geometry, x, y, weight, bias, eps, (mean, var, rstd),
+                      (running_mean, running_var), momentum, flags, num_threads, fused)
+        return
+    residual = None
+    if fused.sum is not None:
+        x = np.add(x, fused.residual, out=fused.sum)
+    elif fused.residual is not None:
+        residual = _apart(fused.residual, y)
+    finishes = fused.activation or residual is not None
+    again = x.itemsize == 2 and finishes
+    if again:
+        x = _apart(x, y)
+        room = np.empty((2, geometry.b * geometry.g * geometry.s))
+        mean, rstd = (
+            own if array is None else array
+            for own, array in zip(room, (mean, rstd), strict=True)
+        )
+    forward(geometry, x, y, weight, bias, eps, mean, var, rstd, *last)
+    if not finishes:
+        return
+    has_residual = int(residual is not None)
+    beside = _flat(residual) if has_residual else _flat(x)
+    if again:
+        _finish_again(geometry, x, x, beside, weight, bias, y, mean, rstd, fused, has_residual,
+                      num_threads, 0)
+    else:
+        threads = threads_of(num_threads, 2 * x.nbytes)
+        launch(after.finish, threads, _flat(y), beside, fused.activation, fused.slope, has_residual)
+
+
+def _finish_again(geometry, dy, x, beside, weight, bias, into, mean, rstd, fused, has_residual,
+                  num_threads, is_backward):
+    work, channels = TABLE[x.dtype].work, geometry.g * geometry.k
+    launch(
+        after.finish_again, threads_of(num_threads, (2 + is_backward) * x.nbytes), _flat(dy),
+        _flat(x), beside, _parameter(weight, work, channels, 1),
+        _parameter(bias, work, channels, 0), _flat(into), after.room_for_z(geometry, work),
+        _flat(mean), _flat(rstd), geometry[:5], fused.activation, fused.slope, has_residual,
+        is_backward,
+    )
+
+
+def _backward_beside(
+    geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused
 ):
     if _turns(geometry, fused):
         given = fused
@@ -242,69 +370,18 @@ def backward(
         if fused.dresidual is not None:
             _turn_back(geometry, fused.dresidual, given.dresidual)
         return
-    if fused.mask is not None and x.size > 0:
+    if fused.mask is not None:
         masks.backward(backward, geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags,
                        num_threads, fused)
         return
-    sets, channels = geometry.b * geometry.g * geometry.s, geometry.g * geometry.k
-    if x.size == 0:
-        for gradient in (dweight, dbias):
-            if gradient is not None:
-                gradient[:] = 0
-        return
-    given, has_mean = int(bool(flags & GIVEN_STATISTICS)), int(not flags & NO_MEAN)
-    mean = _flat(mean) if has_mean else np.zeros(sets)
-    rstd = _flat(rstd)
-    work = TABLE[x.dtype].work
-    weight = _parameter(weight, work, channels, 1)
     dsum = _apart(fused.dsum, dx)
-    into = dx
-    dy, x, dx = (_flat(array) for array in (dy, x, dx))
-    sizes = geometry[:5]
-    streaming = _streaming(3 * x.nbytes, dx, x, dy)
-    parts = geometry.b
-    if geometry.s > 1:
-        places, parts = across.cut_strips(geometry, x.itemsize, 3)
-    elif geometry.i == geometry.o == 1:
-        parts = rows.parts_of(geometry)
-    terms = np.empty((2, parts * channels))
-    with launched(num_threads, 3 * x.nbytes) as run:
-        if fused.activation:
-            dz = dx if fused.dresidual is None else _flat(fused.dresidual)
-            bias = _parameter(fused.bias, work, channels, 0)
-            has_residual = int(fused.residual is not None)
-            run(after.finish_again, dy, x, _flat(fused.residual) if has_residual else x, weight,
-                bias, dz, after.room_for_z(geometry, work), mean, rstd, sizes, fused.activation,
-                fused.slope, has_residual, 1)
-            dy = dz
-        if geometry.s > 1:
-            run(across.backward_across, dy, x, weight, dx, mean, rstd, *terms, sizes, geometry.s,
-                places, parts, has_mean, given, streaming)
-        elif _in_columns(geometry):
-            cut, tiles = columns.cut_columns(geometry)
-            coefficients = np.empty(geometry.b * 4 * cut[1], work)
-            partial = np.empty(geometry.b * tiles * 2 * cut[1])
-            run(columns.backward_tiles, dy, x, weight, dx, coefficients, partial, mean, rstd,
-                *terms, sizes, cut, has_mean, given, streaming, threads_of(num_threads))
-        elif slabs.serves(geometry):
-            run(slabs.backward_slabs, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
-                streaming)
-        elif geometry.i == geometry.o == 1:
-            run(rows.backward_elements, dy, x, weight, dx, mean, rstd, *terms, sizes, parts,
-                has_mean, given, streaming)
-        elif sets < FEW and geometry.values > rows.TILE:
-            pieces = rows.pieces_in(geometry.i)
-            partial = np.empty(2 * pieces * (x.size // geometry.i))
-            hi, scale, shift = np.empty((3, sets), work)
-            run(rows.backward_pieces, dy, x, weight, dx, hi, partial, mean, rstd, *terms, scale,
-                shift, sizes, has_mean, given, streaming)
-        else:
-            run(rows.backward_sets, dy, x, weight, dx, mean, rstd, *terms, sizes, has_mean, given,
-                streaming)
+    if fused.activation:
+        dz = dx if fused.dresidual is None else fused.dresidual
+        has_residual = int(fused.residual is not None)
+        found = np.zeros(rstd.size) if flags & NO_MEAN else mean
+        _finish_again(geometry, dy, x, _flat(fused.residual) if has_residual else _flat(x), weight,
+                      fused.bias, dz, found, rstd, fused, has_residual, num_threads, 1)
+        dy = dz
+    backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads)
     if dsum is not None:
-        into += dsum.reshape(into.shape)
-    into_w, into_b = _of_type(dweight, channels, work), _of_type(dbias, channels, work)
-    rows.merge_terms.serial(*terms, into_w, into_b, parts)
-    for gradient, found in ((dweight, into_w), (dbias, into_b)):
-        if gradient is not None and gradient.dtype != work:
-            gradient[...] = found.reshape(gradient.shape)
+        dx += dsum.reshape(dx.shape)

@@ -239,7 +239,7 @@ def finish_again(dy, x, residual, weight, bias, into, z, mean, rstd, sizes, kind
                 if unit // o != last:
                     last = unit // o
                     start_columns(x, weight, bias, mean, rstd, last, g, k, hi, scale, shift)
-                map_rows(x[start:stop], own[:channels], 1, 0, hi, scale, shift, False)
+                map_rows(x[start:stop], own[:channels], 1, 0, hi, scale, shift, 1, False)
             elif i == 1:
                 start, stop = unit * k, (unit + 1) * k
                 w = unit % g * k

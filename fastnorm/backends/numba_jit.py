@@ -60,15 +60,23 @@ def _named(function, build):
     return named
 
 
+# (x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming)
+FORWARD = "xxaa ddd t fnn"
+# (dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given, streaming); terms
+# is room for each part's dweight and dbias
+BACKWARD = "xxax dd d aa t nnn"
+
+
 class Kernel:
     """A function of arrays, built twice where it has a prange: for Numba's threads, and for the
     calling thread alone.
 
     `letters` are its argument types: x an array like x, a one of the working type, d of float64,
-    n an int64, f a float64, t the five sizes of the geometry."""
+    n an int64, f a float64, t a tuple of as many int64 as it has `sizes`."""
 
-    def __init__(self, function, letters, parallel, allocates):
+    def __init__(self, function, letters, sizes, parallel, allocates):
         self.letters = letters.replace(" ", "")
+        self.sizes = sizes
         options = OPTIONS | {"cache": True} | ({} if allocates else UNCOUNTED)
         self.serial = njit(**options)(_named(function, "serial"))
         self.parallel = self.serial
@@ -84,14 +92,14 @@ class Kernel:
             "d": types.float64[::1],
             "n": types.int64,
             "f": types.float64,
-            "t": types.UniTuple(types.int64, 5),
+            "t": types.UniTuple(types.int64, self.sizes),
         }
         for build in {self.parallel, self.serial}:
             build.compile(tuple(kinds[letter] for letter in self.letters))
 
 
-def kernel(letters, parallel=True, allocates=False):
-    return lambda function: Kernel(function, letters, parallel, allocates)
+def kernel(letters, sizes=5, parallel=True, allocates=False):
+    return lambda function: Kernel(function, letters, sizes, parallel, allocates)
 
 
 # ---- threads ---------------------------------------------------------------------------------
@@ -114,34 +122,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def threads_of(num_threads):
-    """How many a call may use."""
+def threads_of(num_threads, size):
+    """How many threads a call has that moves so many bytes."""
     most = numba.config.NUMBA_NUM_THREADS
-    return min(num_threads or most, most)
+    return min(num_threads or most, most) if size >= SERIAL_BYTES else 1
 
 
-class launched:
-    """with launched(num_threads, bytes) as run: run(kernel, *arguments), as often as needed."""
-
-    def __init__(self, num_threads, size):
-        self.count = threads_of(num_threads)
-        self.parallel = self.count > 1 and size >= SERIAL_BYTES and not _forked
-
-    def __enter__(self):
-        self.parallel = self.parallel and _threads.acquire(blocking=False)
-        if self.parallel:
-            self.before = numba.get_num_threads()
-            self._set(self.count)
-        return self.run
-
-    def _set(self, count):
-        if self.before != self.count:  # which looks itself, and takes longer
-            numba.set_num_threads(count)
-
-    def run(self, kernel, *arguments):
-        (kernel.parallel if self.parallel else kernel.serial)(*arguments)
-
-    def __exit__(self, *_):
-        if self.parallel:
-            self._set(self.before)
-            _threads.release()
+def launch(kernel, threads, *arguments):
+    """The kernel on so many threads, where they are free."""
+    if threads == 1 or _forked or not _threads.acquire(blocking=False):
+        kernel.serial(*arguments)
+        return
+    try:
+        before = numba.get_num_threads()
+        if before == threads:  # to set them looks itself, and takes longer
+            kernel.parallel(*arguments)
+            return
+        numba.set_num_threads(threads)
+        try:
+            kernel.parallel(*arguments)
+        finally:
+            numba.set_num_threads(before)
+    finally:
+        _threads.release()

@@ -8,7 +8,7 @@ which are summed, merged in their order, and mapped: the bits never depend on th
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import inlined, kernel
+from fastnorm.backends.numba_jit import BACKWARD, FORWARD, called, inlined, kernel
 from fastnorm.backends.numba_simd import rounded
 from fastnorm.backends.numba_words import (
     backward_terms,
@@ -44,8 +44,7 @@ def parts_of(geometry):
     return min(-(-geometry.b // least), MOST_PARTS)
 
 
-# x, y, weight, bias -> mean, var, rstd
-@kernel("xxaa ddd tfnn")
+@kernel(FORWARD)
 def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Each set: sums, statistics, map."""
     b, o, g, k, i = sizes
@@ -78,7 +77,7 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
                 )
 
 
-@kernel("xxaa ddd tfnn")
+@kernel(FORWARD)
 def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """forward_sets where i == o == 1: a weight for each place."""
     b, _, g, k, _ = sizes
@@ -99,74 +98,137 @@ def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, 
         )
 
 
-@kernel("xxaa dd ddd tfnnn")
-def forward_pieces(x, y, weight, bias, about, partial, mean, var, rstd, sizes, eps, has_mean, given,
-                   streaming):
-    """forward_sets of few large sets, a piece of a run at a time; given: only the map. about holds
-    a value of each set, partial the sums of each run's pieces."""
-    b, o, g, k, i = sizes
+@inlined
+def set_of_run(run, o, g):
+    return run // (o * g) * g + run % g
+
+
+@inlined
+def sum_piece(x, about, partial, unit, sizes):
+    """partial = the sums of a piece of a run."""
+    _, o, g, k, i = sizes
     n = k * i
     pieces = pieces_of(n)
-    if given:
-        for set_ in range(b * g):
-            rstd[set_] = reciprocal_deviation(var[set_], eps)
-    else:
-        for set_ in range(b * g):
-            about[set_] = 0.0
-            if has_mean:
-                about[set_] = float64(sample(x, set_ // g * o * g * n + set_ % g * n, g * n, o, n))
-        for unit in prange(b * o * g * pieces):
-            run = unit // pieces
-            piece = unit % pieces
-            set_ = run // (o * g) * g + run % g
-            s, q = run_sums(
-                x[run * n + piece * n // pieces : run * n + (piece + 1) * n // pieces],
-                rounded(x, about[set_]),
+    run, piece = unit // pieces, unit % pieces
+    first, stop = run * n + piece * n // pieces, run * n + (piece + 1) * n // pieces
+    partial[2 * unit], partial[2 * unit + 1] = run_sums(
+        x[first:stop], rounded(x, about[set_of_run(run, o, g)])
+    )
+
+
+@inlined
+def finish_pieces(x, about, partial, mean, var, set_, sizes, has_mean):
+    _, o, g, k, i = sizes
+    n = k * i
+    pieces = pieces_of(n)
+    s = 0.0
+    q = 0.0
+    for r in range(o):
+        run = (set_ // g * o + r) * g + set_ % g
+        for unit in range(run * pieces, (run + 1) * pieces):
+            s += partial[2 * unit]
+            q += partial[2 * unit + 1]
+    start = set_ // g * o * g * n + set_ % g * n
+    mean[set_], var[set_] = statistics(
+        x, start, g * n, o, n, rounded(x, about[set_]), s, q, has_mean
+    )
+
+
+@called
+def start_runs(weight, bias, mean, var, rstd, sizes, eps, coefficients):
+    """coefficients = hi, scale and shift of each channel of each b."""
+    b, _, g, k, _ = sizes
+    for set_ in range(b * g):
+        rstd[set_] = reciprocal_deviation(var[set_], eps)
+        coefficients[0, set_ * k : (set_ + 1) * k] = mean[set_]
+        for c in range(set_ * k, (set_ + 1) * k):
+            channel = c % (g * k)
+            coefficients[1, c], coefficients[2, c] = forward_terms(
+                mean[set_], float64(coefficients[0, c]), rstd[set_], float64(weight[channel]),
+                float64(bias[channel]),
             )
-            partial[2 * unit] = s
-            partial[2 * unit + 1] = q
-        for set_ in prange(b * g):
-            s = 0.0
-            q = 0.0
-            for r in range(o):
-                run = (set_ // g * o + r) * g + set_ % g
-                for unit in range(run * pieces, (run + 1) * pieces):
-                    s += partial[2 * unit]
-                    q += partial[2 * unit + 1]
-            start = set_ // g * o * g * n + set_ % g * n
-            found = statistics(
-                x, start, g * n, o, n, rounded(x, about[set_]), s, q, has_mean
-            )
-            mean[set_] = found[0]
-            var[set_] = found[1]
-            rstd[set_] = reciprocal_deviation(found[1], eps)
-    runs = b * o * g * k
-    pieces = pieces_of(i)
-    for unit in prange(runs * pieces):
-        run = unit // pieces
-        piece = unit % pieces
-        channel = run % (g * k)
-        set_ = run // (o * g * k) * g + channel // k
-        hi = rounded(x, mean[set_])
-        scale, shift = forward_terms(
-            mean[set_], float64(hi), rstd[set_], float64(weight[channel]), float64(bias[channel])
-        )
-        first = run * i + piece * i // pieces
-        stop = run * i + (piece + 1) * i // pieces
+
+
+@inlined
+def map_runs(x, y, coefficients, unit, sizes, streaming):
+    """Some short runs of a sample, in their order in memory, or a piece of a long one."""
+    _, o, g, k, i = sizes
+    channels = g * k
+    pieces, together = pieces_of(i), max(1, TILE // i)
+    chunks = (channels + together - 1) // together
+    piece, chunk = unit % pieces, unit // pieces % chunks
+    sample_ = unit // (pieces * chunks)
+    own = sample_ // o * channels
+    for channel in range(chunk * together, min(channels, (chunk + 1) * together)):
+        at = (sample_ * channels + channel) * i
+        first, stop = at + piece * i // pieces, at + (piece + 1) * i // pieces
         map_run(
-            x[first:stop], y[first:stop], hi, rounded(x, scale), rounded(x, shift), streaming
+            x[first:stop], y[first:stop], coefficients[0, own + channel],
+            coefficients[1, own + channel], coefficients[2, own + channel], streaming,
         )
+
+
+@inlined
+def units_of_map(sizes):
+    b, o, g, k, i = sizes
+    together = max(1, TILE // i)
+    return b * o * ((g * k + together - 1) // together) * pieces_of(i)
+
+
+@kernel(FORWARD, allocates=True)
+def forward_pieces(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
+    """forward_sets of few large sets, a piece of a run at a time."""
+    b, o, g, k, i = sizes
+    runs = b * o * g
+    about = np.zeros(b * g)
+    partial = np.empty(2 * runs * pieces_of(k * i))
+    if has_mean:
+        for set_ in range(b * g):
+            n = k * i
+            about[set_] = float64(sample(x, set_ // g * o * g * n + set_ % g * n, g * n, o, n))
+    for unit in prange(runs * pieces_of(k * i)):
+        sum_piece(x, about, partial, unit, sizes)
+    for set_ in prange(b * g):
+        finish_pieces(x, about, partial, mean, var, set_, sizes, has_mean)
+    coefficients = np.empty((3, b * g * k), weight.dtype)
+    start_runs(weight, bias, mean, var, rstd, sizes, eps, coefficients)
+    for unit in prange(units_of_map(sizes)):
+        map_runs(x, y, coefficients, unit, sizes, streaming)
+
+
+@kernel(FORWARD, allocates=True)
+def forward_given(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
+    """Only the map, by the given mean and var."""
+    b, _, g, k, _ = sizes
+    coefficients = np.empty((3, b * g * k), weight.dtype)
+    start_runs(weight, bias, mean, var, rstd, sizes, eps, coefficients)
+    for unit in prange(units_of_map(sizes)):
+        map_runs(x, y, coefficients, unit, sizes, streaming)
 
 
 # ---- backward: dx, and for each (set, channel) its terms of dweight and dbias --------------------
 
 
-@kernel("xxax dd dd tnnn")
-def backward_sets(
-    dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
-):
+@called
+def merge_terms(terms, dweight, dbias, parts):
+    """The sums of the parts' terms."""
+    size = dweight.size
+    for first, into in ((0, dweight), (parts * size, dbias)):
+        total = terms[first : first + size]
+        for part in range(1, parts):
+            own = terms[first + part * size : first + (part + 1) * size]
+            for j in range(size):
+                total[j] += own[j]
+        for j in range(size):
+            into[j] = total[j]
+
+
+@kernel(BACKWARD)
+def backward_sets(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
+                  streaming):
     b, o, g, k, i = sizes
     n = k * i
+    terms_w, terms_b = terms[: b * g * k], terms[b * g * k :]
     for set_ in prange(b * g):
         start = set_ // g * o * g * n + set_ % g * n
         hi = rounded(x, mean[set_])
@@ -196,77 +258,100 @@ def backward_sets(
                     rounded(x, shift),
                     rounded(x, rstd[set_] * float64(weight[set_ % g * k + c])), streaming,
                 )
+    merge_terms(terms, dweight, dbias, b)
 
 
-@kernel("xxax a d dd dd aa tnnn")
-def backward_pieces(dy, x, weight, dx, hi, partial, mean, rstd, terms_w, terms_b, scale, shift,
-                    sizes, has_mean, given, streaming):
-    """backward_sets of few large sets, a piece of a channel's run at a time. hi, scale and shift
-    hold a value of each set, partial the sums of each run's pieces."""
-    b, o, g, k, i = sizes
+@inlined
+def sum_product_piece(x, dy, hi, partial, unit, sizes):
+    """partial = the sums of a piece of a channel's run."""
+    _, o, g, k, i = sizes
     pieces = pieces_of(i)
-    for set_ in range(b * g):
-        hi[set_] = mean[set_]
-    for unit in prange(b * o * g * k * pieces):
-        run = unit // pieces
-        piece = unit % pieces
-        set_ = run // (o * g * k) * g + run % (g * k) // k
-        first = run * i + piece * i // pieces
-        stop = run * i + (piece + 1) * i // pieces
-        s, q = run_products(x[first:stop], dy[first:stop], hi[set_])
-        partial[2 * unit] = s
-        partial[2 * unit + 1] = q
-    for set_ in range(b * g):
-        lo = mean[set_] - float64(hi[set_])
-        gy = 0.0
-        gyd = 0.0
-        for c in range(k):
-            s = 0.0
-            q = 0.0
-            for r in range(o):
-                run = ((set_ // g * o + r) * g + set_ % g) * k + c
-                for unit in range(run * pieces, (run + 1) * pieces):
-                    s += partial[2 * unit]
-                    q += partial[2 * unit + 1]
-            terms_b[set_ * k + c] = s
-            terms_w[set_ * k + c] = rstd[set_] * (q - lo * s)
-            gy += float64(weight[set_ % g * k + c]) * s
-            gyd += float64(weight[set_ % g * k + c]) * q
-        a, c = backward_terms(gy, gyd, lo, rstd[set_], float64(o * k * i), has_mean)
-        if given:
-            a = c = 0.0
-        scale[set_] = a
-        shift[set_] = c
-    for unit in prange(b * o * g * k * pieces):
-        run = unit // pieces
-        piece = unit % pieces
-        channel = run % (g * k)
-        set_ = run // (o * g * k) * g + channel // k
-        first = run * i + piece * i // pieces
-        stop = run * i + (piece + 1) * i // pieces
-        map_products(
-            x[first:stop], dy[first:stop], dx[first:stop], hi[set_], scale[set_], shift[set_],
-            rounded(x, rstd[set_] * float64(weight[channel])), streaming,
+    run, piece = unit // pieces, unit % pieces
+    first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
+    partial[2 * unit], partial[2 * unit + 1] = run_products(
+        x[first:stop], dy[first:stop], hi[set_of_run(run // k, o, g)]
+    )
+
+
+@inlined
+def finish_product_pieces(weight, hi, scale, shift, partial, mean, rstd, terms_w, terms_b, set_,
+                          sizes, has_mean, given):
+    _, o, g, k, i = sizes
+    pieces = pieces_of(i)
+    lo = mean[set_] - float64(hi[set_])
+    gy = 0.0
+    gyd = 0.0
+    for c in range(k):
+        s = 0.0
+        q = 0.0
+        for r in range(o):
+            run = ((set_ // g * o + r) * g + set_ % g) * k + c
+            for unit in range(run * pieces, (run + 1) * pieces):
+                s += partial[2 * unit]
+                q += partial[2 * unit + 1]
+        terms_b[set_ * k + c] = s
+        terms_w[set_ * k + c] = rstd[set_] * (q - lo * s)
+        gy += float64(weight[set_ % g * k + c]) * s
+        gyd += float64(weight[set_ % g * k + c]) * q
+    if not given:
+        scale[set_], shift[set_] = backward_terms(
+            gy, gyd, lo, rstd[set_], float64(o * k * i), has_mean
         )
 
 
+@inlined
+def map_product_piece(dy, x, dx, weight, hi, scale, shift, rstd, unit, sizes, streaming):
+    _, o, g, k, i = sizes
+    pieces = pieces_of(i)
+    run, piece = unit // pieces, unit % pieces
+    set_ = set_of_run(run // k, o, g)
+    first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
+    map_products(
+        x[first:stop], dy[first:stop], dx[first:stop], hi[set_], scale[set_], shift[set_],
+        rounded(x, rstd[set_] * float64(weight[run % (g * k)])), streaming,
+    )
+
+
+@kernel(BACKWARD, allocates=True)
+def backward_pieces(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
+                    streaming):
+    """backward_sets of few large sets, a piece of a channel's run at a time."""
+    b, o, g, k, i = sizes
+    units = b * o * g * k * pieces_of(i)
+    hi = np.empty(b * g, weight.dtype)
+    scale = np.zeros(b * g, weight.dtype)
+    shift = np.zeros(b * g, weight.dtype)
+    partial = np.empty(2 * units)
+    for set_ in range(b * g):
+        hi[set_] = mean[set_]
+    for unit in prange(units):
+        sum_product_piece(x, dy, hi, partial, unit, sizes)
+    for set_ in range(b * g):
+        finish_product_pieces(
+            weight, hi, scale, shift, partial, mean, rstd, terms[: b * g * k], terms[b * g * k :],
+            set_, sizes, has_mean, given,
+        )
+    for unit in prange(units):
+        map_product_piece(dy, x, dx, weight, hi, scale, shift, rstd, unit, sizes, streaming)
+    merge_terms(terms, dweight, dbias, b)
+
+
 TOGETHER = 8  # rows at most that are summed, and then mapped together,
-VALUES = 8192  # and values; rows of pages, whose places meet in the same cache lines,
-PAGES = 2  # so many (8 took 1.3 times as long at rows of 4 KB)
+VALUES = 8192  # and values
 
 
-@kernel("xxax dd dd tnnnn", allocates=True)
-def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, parts, has_mean,
-                      given, streaming):
-    """backward_sets where i == o == 1; terms_w and terms_b hold [parts][g*k]."""
-    b, _, g, k, _ = sizes
+@kernel(BACKWARD, sizes=6, allocates=True)
+def backward_elements(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
+                      streaming):
+    """backward_sets where i == o == 1, in parts of the rows."""
+    b, _, g, k, _, parts = sizes
+    terms_w, terms_b = terms[: parts * g * k], terms[parts * g * k :]
     size = g * k
-    most = TOGETHER if size * x.itemsize % 4096 else PAGES
-    together = max(1, min(most, VALUES // k))
+    together = max(1, min(TOGETHER, VALUES // k))
     for part in prange(parts):
         sum_w = np.zeros(k, weight.dtype)
         sum_b = np.zeros(k, weight.dtype)
-        terms = np.zeros((5, TOGETHER), weight.dtype)
+        of_rows = np.zeros((5, TOGETHER), weight.dtype)
         last = (part + 1) * b // parts
         for group in range(g):
             own = weight[group * k : (group + 1) * k]
@@ -287,14 +372,14 @@ def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, pa
                     scale, shift = backward_terms(s, q, lo, rstd[set_], float64(k), has_mean)
                     if given:
                         scale = shift = 0.0
-                    terms[0, r] = hi
-                    terms[1, r] = scale
-                    terms[2, r] = shift
-                    terms[3, r] = rstd[set_]
-                    terms[4, r] = -lo * rstd[set_]
+                    of_rows[0, r] = hi
+                    of_rows[1, r] = scale
+                    of_rows[2, r] = shift
+                    of_rows[3, r] = rstd[set_]
+                    of_rows[4, r] = -lo * rstd[set_]
                 at = row * size + group * k
                 map_weighted_rows(
-                    x[at:], dy[at:], dx[at:], own, rows, size, terms, sum_w, sum_b, streaming
+                    x[at:], dy[at:], dx[at:], own, rows, size, of_rows, sum_w, sum_b, streaming
                 )
                 row += rows
                 since += rows
@@ -302,6 +387,7 @@ def backward_elements(dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, pa
                     flush(sum_w, total_w)
                     flush(sum_b, total_b)
                     since = 0
+    merge_terms(terms, dweight, dbias, parts)
 
 
 # ---- what a call ends with -----------------------------------------------------------------------
@@ -317,17 +403,3 @@ def move_running(running, found, b, factor, momentum):
             total += found[s * g + group]
         batch = factor * total / float64(b)
         running[group] = (1 - momentum) * float64(running[group]) + momentum * batch
-
-
-@kernel("dd aa n", parallel=False)
-def merge_terms(terms_w, terms_b, dweight, dbias, parts):
-    """The sums of the parts' terms, which stay in those of the first."""
-    size = dweight.size
-    for terms, into in ((terms_w, dweight), (terms_b, dbias)):
-        total = terms[:size]
-        for part in range(1, parts):
-            own = terms[part * size : (part + 1) * size]
-            for j in range(size):
-                total[j] += own[j]
-        for j in range(size):
-            into[j] = total[j]

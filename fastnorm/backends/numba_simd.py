@@ -119,6 +119,27 @@ def _read(builder, element, pointer):
 
 
 @intrinsic
+def lanes(_typing, array):
+    """How many values a vector of the array's has: a constant of the compiled code, which
+    array.itemsize would not be."""
+
+    def build(context, _builder, _signature, _arguments):
+        return context.get_constant(types.intp, LINE * 8 // work_of(array.dtype).bitwidth)
+
+    return types.intp(array), build
+
+
+@intrinsic
+def bytes_of(_typing, array):
+    """Of an element, as lanes."""
+
+    def build(context, _builder, _signature, _arguments):
+        return context.get_constant(types.intp, array.dtype.bitwidth // 8)
+
+    return types.intp(array), build
+
+
+@intrinsic
 def load(_typing, array, index):
     """The vector of values at array[index], at any address."""
     kind = Vector(work_of(array.dtype))

@@ -10,10 +10,11 @@ from math import gcd
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import inlined, kernel
-from fastnorm.backends.numba_simd import LINE
+from fastnorm.backends.numba_jit import BACKWARD, FORWARD, inlined, kernel
+from fastnorm.backends.numba_simd import LINE, fold, lanes, load, rounded, splat
 from fastnorm.backends.numba_words import (
     RUN,
+    STEP,
     add_row_products,
     add_rows,
     backward_terms,
@@ -26,14 +27,14 @@ from fastnorm.backends.numba_words import (
 )
 
 SLAB = 1024  # places, about
-SHORT_RUN = 256  # values in a run, below which it pays
+SHORT_RUN = 256  # values in a run, below which it pays,
+GIVEN_SHORT_RUN = 100  # or where they are only mapped
 MANY = 8  # samples, from which it does
 
 
-def serves(geometry):
-    return (
-        geometry.b == geometry.k == 1 and 1 < geometry.i < SHORT_RUN and geometry.o >= MANY
-    )
+def serves(geometry, only_map=False):
+    most = GIVEN_SHORT_RUN if only_map else SHORT_RUN
+    return geometry.b == geometry.k == 1 and 1 < geometry.i < most and geometry.o >= MANY
 
 
 @inlined
@@ -54,18 +55,23 @@ def spread(values, i, into):
 @inlined
 def gather(places, i, totals):
     """The i places of each channel onto its total."""
+    width = lanes(places)
     for c in range(totals.size):
-        total = 0.0
-        for j in range(c * i, (c + 1) * i):
+        stop = (c + 1) * i - i % width
+        lines = splat(rounded(places, 0))
+        for j in range(c * i, stop, width):
+            lines = lines + load(places, j)
+        total = fold(lines)
+        for j in range(stop, (c + 1) * i):
             total += float64(places[j])
         totals[c] += total
     places[:] = 0
 
 
-@kernel("xxaa ddd tfnnn", allocates=True)
-def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, given, streaming):
+@kernel(FORWARD, sizes=6, allocates=True)
+def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """numba_rows.forward_sets, or with `given` only the map."""
-    _, o, g, _, i = sizes
+    _, o, g, _, i, given = sizes
     stride = g * i
     most = slab_of(i, x.itemsize)
     for unit in prange((g + most - 1) // most):
@@ -84,7 +90,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
             spread(terms[0], i, hi)
             for r in range(0, o, RUN):
                 slabs = x[r * stride + first * i :]
-                add_rows(slabs, min(RUN, o - r), stride, hi, scale, shift)
+                add_rows(slabs, min(RUN, o - r), stride, hi, scale, shift, STEP)
                 gather(scale, i, sums[0])
                 gather(shift, i, sums[1])
         for c in range(channels):
@@ -103,13 +109,12 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, giv
         spread(terms[1], i, scale)
         spread(terms[2], i, shift)
         at = first * i
-        map_rows(x[at:], y[at:], o, stride, hi, scale, shift, streaming)
+        map_rows(x[at:], y[at:], o, stride, hi, scale, shift, STEP, streaming)
 
 
-@kernel("xxax dd dd tnnn", allocates=True)
-def backward_slabs(
-    dy, x, weight, dx, mean, rstd, terms_w, terms_b, sizes, has_mean, given, streaming
-):
+@kernel(BACKWARD, allocates=True)
+def backward_slabs(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
+                   streaming):
     """numba_rows.backward_sets."""
     _, o, g, _, i = sizes
     stride = g * i
@@ -122,31 +127,31 @@ def backward_slabs(
         scale = np.zeros(n, weight.dtype)
         shift = np.zeros(n, weight.dtype)
         dscale = np.zeros(n, weight.dtype)
-        terms = np.zeros((4, channels), weight.dtype)
+        own = np.zeros((4, channels), weight.dtype)
         sums = np.zeros((2, channels))
         for c in range(channels):
-            terms[0, c] = mean[first + c]
-        spread(terms[0], i, hi)
+            own[0, c] = mean[first + c]
+        spread(own[0], i, hi)
         for r in range(0, o, RUN):
             at = r * stride + first * i
-            add_row_products(x[at:], dy[at:], min(RUN, o - r), stride, hi, scale, shift)
+            add_row_products(x[at:], dy[at:], min(RUN, o - r), stride, hi, scale, shift, STEP)
             gather(scale, i, sums[0])
             gather(shift, i, sums[1])
         for c in range(channels):
             set_ = first + c
             w = float64(weight[set_])
-            lo = mean[set_] - float64(terms[0, c])
-            terms_b[set_] = sums[0, c]
-            terms_w[set_] = rstd[set_] * (sums[1, c] - lo * sums[0, c])
+            lo = mean[set_] - float64(own[0, c])
+            dbias[set_] = sums[0, c]
+            dweight[set_] = rstd[set_] * (sums[1, c] - lo * sums[0, c])
             if not given:
-                terms[1, c], terms[2, c] = backward_terms(
+                own[1, c], own[2, c] = backward_terms(
                     w * sums[0, c], w * sums[1, c], lo, rstd[set_], float64(o * i), has_mean
                 )
-            terms[3, c] = rstd[set_] * w
-        spread(terms[1], i, scale)
-        spread(terms[2], i, shift)
-        spread(terms[3], i, dscale)
+            own[3, c] = rstd[set_] * w
+        spread(own[1], i, scale)
+        spread(own[2], i, shift)
+        spread(own[3], i, dscale)
         at = first * i
         map_product_rows(
-            x[at:], dy[at:], dx[at:], o, stride, hi, scale, shift, dscale, streaming
+            x[at:], dy[at:], dx[at:], o, stride, hi, scale, shift, dscale, STEP, streaming
         )
