@@ -11,6 +11,7 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, inlined, kernel
+from fastnorm.backends.numba_maps import map_product_rows, map_scaled_rows
 from fastnorm.backends.numba_rows import merge_terms
 from fastnorm.backends.numba_simd import LINE, at, bytes_of, on_grid
 from fastnorm.backends.numba_words import (
@@ -25,8 +26,6 @@ from fastnorm.backends.numba_words import (
     cancels,
     flush,
     forward_terms,
-    map_product_rows,
-    map_scaled_rows,
     moments,
     reciprocal_deviation,
     statistics,

@@ -13,6 +13,7 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, allocating, called, inlined, kernel
+from fastnorm.backends.numba_maps import map_product_rows, map_rows
 from fastnorm.backends.numba_rows import merge_terms
 from fastnorm.backends.numba_simd import at, on_grid, rounded
 from fastnorm.backends.numba_words import (
@@ -24,8 +25,6 @@ from fastnorm.backends.numba_words import (
     cancels,
     flush,
     forward_terms,
-    map_product_rows,
-    map_rows,
     moments,
     reciprocal_deviation,
 )

@@ -1,8 +1,8 @@
 """The Numba backend: the engine where there is no compiler, and the one to read and to change.
 
 Kernels are compiled at their first call and cached on disk. numba_rows, numba_columns and
-numba_across hold the loop orders, numba_words what they are made of, numba_jit how they are
-compiled and launched.
+numba_across hold the loop orders, numba_words and numba_maps what they are made of, numba_jit how
+they are compiled and launched.
 """
 
 import os

@@ -14,8 +14,9 @@ from numba.extending import overload
 
 from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, RELU, SILU
 from fastnorm.backends.numba_jit import OPTIONS, inlined, kernel
+from fastnorm.backends.numba_maps import fill_run, fill_run_weighted, map_rows
 from fastnorm.backends.numba_simd import at, choose, power_of_two, put, rounded
-from fastnorm.backends.numba_words import fill_run, fill_run_weighted, forward_terms, map_rows
+from fastnorm.backends.numba_words import forward_terms
 
 PIECE = 4096
 PARTS = 64  # of the work, each with room for z: a piece, or a row of channels

@@ -9,15 +9,12 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, called, inlined, kernel
+from fastnorm.backends.numba_maps import map_products, map_run, map_run_weighted, map_weighted_rows
 from fastnorm.backends.numba_simd import rounded
 from fastnorm.backends.numba_words import (
     backward_terms,
     flush,
     forward_terms,
-    map_products,
-    map_run,
-    map_run_weighted,
-    map_weighted_rows,
     reciprocal_deviation,
     run_products,
     run_products_weighted,

@@ -11,6 +11,7 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, inlined, kernel
+from fastnorm.backends.numba_maps import map_product_rows, map_rows
 from fastnorm.backends.numba_simd import LINE, fold, lanes, load, rounded, splat
 from fastnorm.backends.numba_words import (
     RUN,
@@ -19,8 +20,6 @@ from fastnorm.backends.numba_words import (
     add_rows,
     backward_terms,
     forward_terms,
-    map_product_rows,
-    map_rows,
     reciprocal_deviation,
     sample,
     statistics,

@@ -1,0 +1,328 @@
+"""The maps of the Numba kernels: y = f(x) over a run, and over rows with coefficients for each
+place or each row; where `streaming`, past the caches.
+
+Plain loops where y is not streamed, of which LLVM makes vectors: spelled out they took as long.
+They start at 0: from anywhere else Numba's indices could be negative, and the loops would not
+become vectors.
+"""
+
+from fastnorm.backends.numba_jit import inlined
+from fastnorm.backends.numba_simd import (
+    LINE,
+    address,
+    at,
+    bytes_of,
+    lanes,
+    load,
+    put,
+    splat,
+    store,
+    stream,
+)
+from fastnorm.backends.numba_words import IN_ORDER
+
+
+@inlined
+def streamed(y):
+    """(first, stop) of what of a run is stored past the caches: whole lines. Lines that are half
+    streamed cost more than they save, so that a short run must be whole lines."""
+    width = lanes(y)
+    past = address(y) % LINE
+    first = (LINE - past) % LINE // bytes_of(y)
+    if past % bytes_of(y) or (y.size < 32 * width and (first or y.size % width)):
+        return y.size, y.size
+    return first, first + (y.size - first) // width * width
+
+
+@inlined
+def affine(x, hi, scale, shift):
+    return (x - hi) * scale + shift
+
+
+@inlined
+def affine_weighted(x, hi, scale, shift, weight, bias):
+    return ((x - hi) * scale + shift) * weight + bias
+
+
+@inlined
+def affine_products(x, dy, hi, scale, shift, dscale):
+    return (x - hi) * scale + shift + dy * dscale
+
+
+@inlined
+def fill_run(x, y, hi, scale, shift):
+    for j in range(x.size):
+        put(y, j, affine(at(x, j), hi, scale, shift))
+
+
+@inlined
+def map_run(x, y, hi, scale, shift, streaming):
+    if not streaming:
+        fill_run(x, y, hi, scale, shift)
+        return
+    first, stop = streamed(y)
+    fill_run(x[:first], y[:first], hi, scale, shift)
+    h, a, b = splat(hi), splat(scale), splat(shift)
+    for j in range(first, stop, lanes(y)):
+        stream(y, j, affine(load(x, j), h, a, b))
+    fill_run(x[stop:], y[stop:], hi, scale, shift)
+
+
+@inlined
+def fill_run_weighted(x, y, weight, bias, hi, scale, shift):
+    for j in range(x.size):
+        put(y, j, affine_weighted(at(x, j), hi, scale, shift, weight[j], bias[j]))
+
+
+@inlined
+def map_run_weighted(x, y, weight, bias, hi, scale, shift, streaming):
+    if not streaming:
+        fill_run_weighted(x, y, weight, bias, hi, scale, shift)
+        return
+    first, stop = streamed(y)
+    fill_run_weighted(x[:first], y[:first], weight[:first], bias[:first], hi, scale, shift)
+    h, a, b = splat(hi), splat(scale), splat(shift)
+    for j in range(first, stop, lanes(y)):
+        stream(y, j, affine_weighted(load(x, j), h, a, b, load(weight, j), load(bias, j)))
+    fill_run_weighted(x[stop:], y[stop:], weight[stop:], bias[stop:], hi, scale, shift)
+
+
+@inlined
+def fill_products(x, dy, dx, hi, scale, shift, dscale):
+    for j in range(x.size):
+        put(dx, j, affine_products(at(x, j), at(dy, j), hi, scale, shift, dscale))
+
+
+@inlined
+def map_products(x, dy, dx, hi, scale, shift, dscale, streaming):
+    if not streaming:
+        fill_products(x, dy, dx, hi, scale, shift, dscale)
+        return
+    first, stop = streamed(dx)
+    fill_products(x[:first], dy[:first], dx[:first], hi, scale, shift, dscale)
+    h, a, b, c = splat(hi), splat(scale), splat(shift), splat(dscale)
+    for j in range(first, stop, lanes(dx)):
+        stream(dx, j, affine_products(load(x, j), load(dy, j), h, a, b, c))
+    fill_products(x[stop:], dy[stop:], dx[stop:], hi, scale, shift, dscale)
+
+
+# ---- maps of rows, a coefficient for each place --------------------------------------------------
+#
+# A row starts `stride` values behind the one before it.
+
+
+@inlined
+def streamed_rows(y, width, stride, streaming):
+    """(whether, first, stop): which places of all rows are whole lines, as in streamed."""
+    first, stop = streamed(y[:width])
+    if not streaming or first == stop or stride * bytes_of(y) % LINE:
+        return False, 0, width - width % lanes(y)
+    return True, first, stop
+
+
+def _map_rows(put_line):
+    @inlined
+    def whole_lines(x, y, rows, stride, hi, scale, shift, first, stop):
+        w = lanes(y)
+        quads = stop - (stop - first) % (4 * w)
+        for j in range(first, quads, 4 * w):
+            h0, a0, b0 = load(hi, j), load(scale, j), load(shift, j)
+            h1, a1, b1 = load(hi, j + w), load(scale, j + w), load(shift, j + w)
+            h2, a2, b2 = load(hi, j + 2 * w), load(scale, j + 2 * w), load(shift, j + 2 * w)
+            h3, a3, b3 = load(hi, j + 3 * w), load(scale, j + 3 * w), load(shift, j + 3 * w)
+            for r in range(rows):
+                at = r * stride + j
+                put_line(y, at, affine(load(x, at), h0, a0, b0))
+                put_line(y, at + w, affine(load(x, at + w), h1, a1, b1))
+                put_line(y, at + 2 * w, affine(load(x, at + 2 * w), h2, a2, b2))
+                put_line(y, at + 3 * w, affine(load(x, at + 3 * w), h3, a3, b3))
+        for j in range(quads, stop, w):
+            h0, a0, b0 = load(hi, j), load(scale, j), load(shift, j)
+            for r in range(rows):
+                put_line(y, r * stride + j, affine(load(x, r * stride + j), h0, a0, b0))
+
+    return whole_lines
+
+
+stored_rows, rows_past = _map_rows(store), _map_rows(stream)
+
+
+@inlined
+def fill_rows(x, y, rows, stride, hi, scale, shift, first, stop):
+    for r in range(rows):
+        for j in range(first, stop):
+            put(y, r * stride + j, affine(at(x, r * stride + j), hi[j], scale[j], shift[j]))
+
+
+@inlined
+def map_rows(x, y, rows, stride, hi, scale, shift, step, streaming):
+    """map_run of rows, `step` rows of some columns before the next."""
+    width = hi.size
+    past, first, stop = streamed_rows(y, width, stride, streaming)
+    if stop - first <= 4 * lanes(y):
+        step = rows
+    elif past:
+        step = IN_ORDER
+    for row in range(0, rows, step):
+        xs, ys, count = x[row * stride :], y[row * stride :], min(step, rows - row)
+        if past:
+            rows_past(xs, ys, count, stride, hi, scale, shift, first, stop)
+        else:
+            stored_rows(xs, ys, count, stride, hi, scale, shift, first, stop)
+    fill_rows(x, y, rows, stride, hi, scale, shift, 0, first)
+    fill_rows(x, y, rows, stride, hi, scale, shift, stop, width)
+
+
+@inlined
+def terms(hi, scale, shift, dscale, j):
+    return load(hi, j), load(scale, j), load(shift, j), load(dscale, j)
+
+
+def _map_product_rows(put_line):
+    @inlined
+    def whole_lines(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop):
+        w = lanes(dx)
+        quads = stop - (stop - first) % (4 * w)
+        for j in range(first, quads, 4 * w):
+            h0, a0, b0, c0 = terms(hi, scale, shift, dscale, j)
+            h1, a1, b1, c1 = terms(hi, scale, shift, dscale, j + w)
+            h2, a2, b2, c2 = terms(hi, scale, shift, dscale, j + 2 * w)
+            h3, a3, b3, c3 = terms(hi, scale, shift, dscale, j + 3 * w)
+            for r in range(rows):
+                at = r * stride + j
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), h0, a0, b0, c0))
+                at += w
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), h1, a1, b1, c1))
+                at += w
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), h2, a2, b2, c2))
+                at += w
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), h3, a3, b3, c3))
+        for j in range(quads, stop, w):
+            h0, a0, b0, c0 = terms(hi, scale, shift, dscale, j)
+            for r in range(rows):
+                at = r * stride + j
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), h0, a0, b0, c0))
+
+    return whole_lines
+
+
+stored_product_rows, product_rows_past = _map_product_rows(store), _map_product_rows(stream)
+
+
+@inlined
+def fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop):
+    for r in range(rows):
+        for j in range(first, stop):
+            put(dx, r * stride + j, affine_products(
+                at(x, r * stride + j), at(dy, r * stride + j), hi[j], scale[j], shift[j], dscale[j]
+            ))
+
+
+@inlined
+def map_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, step, streaming):
+    """map_products of rows, as map_rows."""
+    width = hi.size
+    past, first, stop = streamed_rows(dx, width, stride, streaming)
+    if stop - first <= 4 * lanes(dx):
+        step = rows
+    elif past:
+        step = IN_ORDER
+    for row in range(0, rows, step):
+        at, count = row * stride, min(step, rows - row)
+        xs, dys, dxs = x[at:], dy[at:], dx[at:]
+        if past:
+            product_rows_past(xs, dys, dxs, count, stride, hi, scale, shift, dscale, first, stop)
+        else:
+            stored_product_rows(xs, dys, dxs, count, stride, hi, scale, shift, dscale, first, stop)
+    fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, 0, first)
+    fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, stop, width)
+
+
+def _map_scaled_rows(put_line):
+    @inlined
+    def whole_lines(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
+        for j in range(first, stop, lanes(y)):
+            h, a, b = load(hi, j), load(scale, j), load(shift, j)
+            for r in range(rows):
+                put_line(y, r * stride + j, affine_weighted(
+                    load(x, r * stride + j), h, a, b, splat(weight[r]), splat(bias[r])
+                ))
+
+    return whole_lines
+
+
+stored_scaled_rows, scaled_rows_past = _map_scaled_rows(store), _map_scaled_rows(stream)
+
+
+@inlined
+def fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
+    for r in range(rows):
+        for j in range(first, stop):
+            put(y, r * stride + j, affine_weighted(
+                at(x, r * stride + j), hi[j], scale[j], shift[j], weight[r], bias[r]
+            ))
+
+
+@inlined
+def map_scaled_rows(x, y, stride, hi, scale, shift, weight, bias, streaming):
+    """map_run_weighted of rows: coefficients for each place, a weight for each row."""
+    width, rows = hi.size, weight.size
+    past, first, stop = streamed_rows(y, width, stride, streaming)
+    if past:
+        scaled_rows_past(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop)
+    else:
+        stored_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop)
+    fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, 0, first)
+    fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, stop, width)
+
+
+def _map_weighted_rows(put_line):
+    @inlined
+    def whole_lines(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
+        hi, scale, shift, rstd, offset = terms
+        for j in range(first, stop, lanes(x)):
+            w = load(weight, j)
+            s = load(dweight, j)
+            q = load(dbias, j)
+            for r in range(rows):
+                u = load(dy, r * stride + j)
+                d = load(x, r * stride + j) - splat(hi[r])
+                s = s + u * (d * splat(rstd[r]) + splat(offset[r]))
+                q = q + u
+                put_line(
+                    dx, r * stride + j,
+                    d * splat(scale[r]) + splat(shift[r]) + u * w * splat(rstd[r]),
+                )
+            store(dweight, j, s)
+            store(dbias, j, q)
+
+    return whole_lines
+
+
+stored_weighted_rows, weighted_rows_past = _map_weighted_rows(store), _map_weighted_rows(stream)
+
+
+@inlined
+def fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
+    hi, scale, shift, rstd, offset = terms
+    for r in range(rows):
+        for j in range(first, stop):
+            u = at(dy, r * stride + j)
+            d = at(x, r * stride + j) - hi[r]
+            dweight[j] += u * (d * rstd[r] + offset[r])
+            dbias[j] += u
+            put(dx, r * stride + j, d * scale[r] + shift[r] + u * weight[j] * rstd[r])
+
+
+@inlined
+def map_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, streaming):
+    """dx of few rows with a weight for each place, and their terms onto dweight and dbias.
+    terms are (hi, scale, shift, rstd, offset) of each row."""
+    width = weight.size
+    past, first, stop = streamed_rows(dx, width, stride, streaming)
+    if past:
+        weighted_rows_past(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop)
+    else:
+        stored_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop)
+    fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, 0, first)
+    fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, stop, width)
