@@ -283,7 +283,7 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
     clear(&w)
     while row < t.k:
         count = minimum(STEP, t.k - row)
-        sum_rows(x + row * t.s, NULL, count, t.s, n, w.hi, NULL, NULL, w.s, w.q)
+        sum_rows(x + row * t.s, NULL, count, t.s, n, w.hi, NULL, NULL, w.s, w.q, count * t.s)
         row += count
         since += count
         if since >= RUN or row == t.k:

@@ -12,12 +12,13 @@ each column, and the map, last tile first, so that the end of the sums' read is 
 Slices that fit the second-level cache take all steps in one unit of work. A larger x is read
 twice and y written once, but for what of x the last-level cache still holds.
 
-What lost: all rows of 64 columns before the next 64 (1.1 to 1.2 times as long at 256 and 1024
-channels, two threads); coefficients read again, and plain stores, for every row of 64 columns
-(1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5 times with
-streaming, the same in cache); all steps of a strip of columns that fits the second-level cache
-(1.1 to 1.5 times); two rows mapped together, so that coefficients are loaded once (0.92 to 1.0 of
-the time in cache, 1.3 to 1.8 times streamed).
+What lost: one row after the other, sums in the first-level cache (1.2 to 1.3 times as long in a
+forward, 0.9 to 1.2 in a backward); all rows of 64 columns before the next 64 (1.1 to 1.2 times as
+long at 256 and 1024 channels, two threads); coefficients read again, and plain stores, for every
+row of 64 columns (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5
+times with streaming, the same in cache); all steps of a strip of columns that fits the second-level
+cache (1.1 to 1.5 times); two rows mapped together, so that coefficients are loaded once (0.92 to
+1.0 of the time in cache, 1.3 to 1.8 times streamed).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.
@@ -72,7 +73,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.tile_rows = ceil_div(p.rows, ceil_div(p.rows, p.tile_rows))
     p.tiles = ceil_div(p.rows, p.tile_rows)
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
-    # All rows of a run at once where the sums fit registers.
+    # All rows of a run at once where the sums fit registers: memory is read in its order then.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
     p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
     # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale
@@ -182,7 +183,7 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
             memcpy(kept + c * p.channels, <const stored*> t.x + at + c * p.channels, bytes)
             if t.dy != NULL:
                 memcpy(kept_dy + c * p.channels, <const stored*> t.dy + at + c * p.channels, bytes)
-    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, about, NULL, NULL, s, q)
+    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, about, NULL, NULL, s, q, 0)
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -208,7 +209,8 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
             map_fused_rows(p, b, row, count, 0, p.width)
         if whole > 0:
             sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about,
-                     gate, past_weight(gate, p.padded), s, q)
+                     gate, past_weight(gate, p.padded), s, q,
+                     count * p.width if p.step == STEP else 0)
         elif p.copies > 1:
             sum_gaps(p, b, row, p.copies, about, s, q)
         row += count
@@ -225,7 +227,7 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
         if t.mask == NULL:
             sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, gate,
-                     past_weight(gate, p.padded), s, q)
+                     past_weight(gate, p.padded), s, q, 0)
         else:
             sum_gaps(p, b, stop, p.rest // p.channels, about, s, q)
         flush_columns(p.rest, s, total)

@@ -201,7 +201,7 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
         while row < stop:
             count = minimum(STEP, stop - row)
             sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n,
-                     w.hi, gate_scale, w.gate_shift, w.s, w.q)
+                     w.hi, gate_scale, w.gate_shift, w.s, w.q, count * p.stride)
             row += count
         for s in range(sets):
             sums[2 * s] += sum_places(w.s + s * p.n, p.n)

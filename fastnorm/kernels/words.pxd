@@ -508,12 +508,14 @@ cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
 
 cdef inline void sum_columns(
     const stored* x, const stored* dy, int64_t rows, int64_t stride, const work* about,
-    const work* gate_scale, const work* gate_shift, int64_t n, work* s, work* q, int vectors
+    const work* gate_scale, const work* gate_shift, int64_t n, work* s, work* q, int64_t ahead,
+    int vectors
 ) noexcept nogil:
     """Add to s and q the terms of sum_runs down n = vectors*WIDTH columns, or fewer in one vec.
 
-    The same columns of the next rows are asked for meanwhile: the processor does not foresee
-    them (1.25 to 1.4 times faster on x from memory)."""
+    With `ahead`, the values so far ahead are asked for meanwhile: the same columns of the next
+    rows, which the processor does not foresee (1.25 to 1.4 times faster on x from memory). Where
+    rows follow each other it does (0.84 to 0.97 of the time without)."""
     cdef vec a[CHUNK]
     cdef vec c[CHUNK]
     cdef vec k[CHUNK]
@@ -534,10 +536,10 @@ cdef inline void sum_columns(
         for v in range(vectors):
             d = (load(x + v * WIDTH) if whole else load_part(x, n, 0)) - k[v]
             e = d
-            if whole:
-                fetch(x + v * WIDTH + rows * stride)
+            if whole and ahead:
+                fetch(x + v * WIDTH + ahead)
                 if dy != NULL:
-                    fetch(dy + v * WIDTH + rows * stride)
+                    fetch(dy + v * WIDTH + ahead)
             if dy != NULL:
                 e = load(dy + v * WIDTH) if whole else load_part(dy, n, 0)
             if gate_scale != NULL:
@@ -553,24 +555,25 @@ cdef inline void sum_columns(
 
 cdef inline void sum_rows(
     const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
-    const work* about, const work* gate_scale, const work* gate_shift, work* s, work* q
+    const work* about, const work* gate_scale, const work* gate_shift, work* s, work* q,
+    int64_t ahead
 ) noexcept nogil:
     """sum_columns over all columns. s, q and about have room for whole vectors."""
     cdef int64_t c = 0
     while c + CHUNK * WIDTH <= width:
         if dy == NULL:
             sum_columns(x + c, NULL, rows, stride, about + c, NULL, NULL, CHUNK * WIDTH, s + c,
-                        q + c, CHUNK)
+                        q + c, ahead, CHUNK)
         elif gate_scale == NULL:
             sum_columns(x + c, dy + c, rows, stride, about + c, NULL, NULL, CHUNK * WIDTH, s + c,
-                        q + c, CHUNK)
+                        q + c, ahead, CHUNK)
         else:
             sum_columns(x + c, dy + c, rows, stride, about + c, gate_scale + c, gate_shift + c,
-                        CHUNK * WIDTH, s + c, q + c, CHUNK)
+                        CHUNK * WIDTH, s + c, q + c, ahead, CHUNK)
         c += CHUNK * WIDTH
     while c < width:
         sum_columns(x + c, past(dy, c), rows, stride, about + c, past_weight(gate_scale, c),
-                    past_weight(gate_shift, c), minimum(WIDTH, width - c), s + c, q + c, 1)
+                    past_weight(gate_shift, c), minimum(WIDTH, width - c), s + c, q + c, ahead, 1)
         c += WIDTH
 
 
