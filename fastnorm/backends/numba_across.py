@@ -114,7 +114,8 @@ def forward_across(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
         if has_mean:
             sample_sets(x, start, s, k, hi, sums[0])
         for r in range(0, k, RUN):
-            add_rows(x[start + r * s :], min(RUN, k - r), s, hi, scale, shift, step)
+            row = x[start + r * s :]
+            add_rows(row, row, min(RUN, k - r), s, hi, scale, shift, step)
             flush(scale, sums[0])
             flush(shift, sums[1])
         own = slice(set_, set_ + n)

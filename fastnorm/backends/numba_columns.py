@@ -75,32 +75,33 @@ def start_columns(x, about, cut, has_mean, first, stop):
         near[c] = on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 
-@allocating
-def sum_tile(x, dy, about, partial, cut, step, tile, backward):
-    """partial[0] and partial[1] = the sums of a tile's columns."""
-    _, width, rows, rest, tile_rows = cut
-    first, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
-    s = np.zeros(width, about.dtype)
-    q = np.zeros(width, about.dtype)
-    partial[:] = 0.0
-    for c in range(0, width, STRIP):
-        own = slice(c, min(width, c + STRIP))
-        for row in range(first, stop, RUN):
-            at, count = row * width + c, min(RUN, stop - row)
-            if backward:
-                add_row_products(x[at:], dy[at:], count, width, about[own], s[own], q[own], step)
-            else:
-                add_rows(x[at:], count, width, about[own], s[own], q[own], step)
-            flush(s[own], partial[:width][own])
-            flush(q[own], partial[width:][own])
-    if stop == rows and rest > 0:
-        at = rows * width
-        if backward:
-            add_row_products(x[at:], dy[at:], 1, 0, about[:rest], s, q, 1)
-        else:
-            add_rows(x[at:], 1, 0, about[:rest], s, q, 1)
-        flush(s[:rest], partial[:rest])
-        flush(q[:rest], partial[width : width + rest])
+def _sum_tile(add):
+    """A function of a tile's sums, of which partial[0] and partial[1] are made."""
+
+    @allocating
+    def sum_tile(x, dy, about, partial, cut, step, tile):
+        _, width, rows, rest, tile_rows = cut
+        first, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
+        s = np.zeros(width, about.dtype)
+        q = np.zeros(width, about.dtype)
+        partial[:] = 0.0
+        for c in range(0, width, STRIP):
+            own = slice(c, min(width, c + STRIP))
+            for row in range(first, stop, RUN):
+                at, count = row * width + c, min(RUN, stop - row)
+                add(x[at:], dy[at:], count, width, about[own], s[own], q[own], step)
+                flush(s[own], partial[:width][own])
+                flush(q[own], partial[width:][own])
+        if stop == rows and rest > 0:
+            at = rows * width
+            add(x[at:], dy[at:], 1, 0, about[:rest], s, q, 1)
+            flush(s[:rest], partial[:rest])
+            flush(q[:rest], partial[width : width + rest])
+
+    return sum_tile
+
+
+sum_tile, sum_product_tile = _sum_tile(add_rows), _sum_tile(add_row_products)
 
 
 @inlined
@@ -343,7 +344,7 @@ def forward_slices(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
         for tile in range(tiles):
             sum_tile(
                 xs, xs, own[:width], sums[tile * 2 * width : (tile + 1) * 2 * width], cut, step,
-                tile, False,
+                tile,
             )
         finish_groups(
             xs, own, sums, weight, bias, mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g],
@@ -375,8 +376,7 @@ def forward_tiles(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
                 )
         for tile in prange(tiles):
             sum_tile(
-                x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, step, tile,
-                False,
+                x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, step, tile
             )
     groups = max(1, CHUNK // k)
     if g <= groups:
@@ -491,10 +491,10 @@ def backward_tiles(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, 
         copy_columns(hi, g * k, 0, g * k)
     for unit in prange(b * tiles):
         s = unit // tiles
-        sum_tile(
+        sum_product_tile(
             x[s * size : (s + 1) * size], dy[s * size : (s + 1) * size],
             coefficients[s * 4 * width : s * 4 * width + width],
-            partial[unit * 2 * width : (unit + 1) * 2 * width], cut, step, unit % tiles, True,
+            partial[unit * 2 * width : (unit + 1) * 2 * width], cut, step, unit % tiles,
         )
     groups = max(1, CHUNK // k)
     chunks = (g + groups - 1) // groups

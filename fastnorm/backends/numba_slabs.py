@@ -89,7 +89,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
             spread(terms[0], i, hi)
             for r in range(0, o, RUN):
                 slabs = x[r * stride + first * i :]
-                add_rows(slabs, min(RUN, o - r), stride, hi, scale, shift, STEP)
+                add_rows(slabs, slabs, min(RUN, o - r), stride, hi, scale, shift, STEP)
                 gather(scale, i, sums[0])
                 gather(shift, i, sums[1])
         for c in range(channels):

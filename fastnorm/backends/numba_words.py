@@ -228,38 +228,30 @@ down_x = _down_columns(term_of_x)
 down_dy = _down_columns(term_of_dy)
 
 
-@inlined
-def add_rows(x, rows, stride, about, s, q, step):
-    """Onto s and q the sums of run_sums down the columns of rows, `step` rows of some columns
-    before the next."""
-    width = about.size
-    stop = width - width % lanes(x)
-    if width <= 4 * lanes(x):
-        step = rows
-    for row in range(0, rows, step):
-        down_x(x[row * stride :], x, min(step, rows - row), stride, about, s, q, stop)
-    for r in range(rows):
-        for j in range(stop, width):
-            d = at(x, r * stride + j) - about[j]
-            s[j] += d
-            q[j] += d * d
+def _add_rows(down, both):
+    """A function that adds to s and q the sums of run_sums down the columns of rows, or with `both`
+    those of run_products; `step` rows of some columns before the next."""
+
+    @inlined
+    def add(x, dy, rows, stride, about, s, q, step):
+        width = about.size
+        stop = width - width % lanes(x)
+        if width <= 4 * lanes(x):
+            step = rows
+        for row in range(0, rows, step):
+            at_row = row * stride
+            down(x[at_row:], dy[at_row:], min(step, rows - row), stride, about, s, q, stop)
+        for r in range(rows):
+            for j in range(stop, width):
+                d = at(x, r * stride + j) - about[j]
+                a = at(dy, r * stride + j) if both else d
+                s[j] += a
+                q[j] += a * d
+
+    return add
 
 
-@inlined
-def add_row_products(x, dy, rows, stride, about, s, q, step):
-    """Onto s and q the sums of run_products down the columns of rows, as add_rows."""
-    width = about.size
-    stop = width - width % lanes(x)
-    if width <= 4 * lanes(x):
-        step = rows
-    for row in range(0, rows, step):
-        down_dy(
-            x[row * stride :], dy[row * stride :], min(step, rows - row), stride, about, s, q, stop
-        )
-    for r in range(rows):
-        for j in range(stop, width):
-            s[j] += at(dy, r * stride + j)
-            q[j] += at(dy, r * stride + j) * (at(x, r * stride + j) - about[j])
+add_rows, add_row_products = _add_rows(down_x, False), _add_rows(down_dy, True)
 
 
 @inlined
