@@ -203,35 +203,6 @@ def backward_plan(geometry, dtype, flags, num_threads):
 # ---- calls -----------------------------------------------------------------------------------
 
 
-# Sets across with anything beside are computed as rows of a transposed copy: two more passes over
-# memory each way.
-
-
-def _turns(geometry, fused):
-    beside = fused.activation or fused.residual is not None or fused.mask is not None
-    return geometry.s > 1 and beside
-
-
-def _turn(geometry, array):
-    if array is None:
-        return None
-    return np.ascontiguousarray(array.reshape(geometry.b, geometry.k, geometry.s).swapaxes(1, 2))
-
-
-def _turned(geometry, arrays, fused):
-    """The geometry, arrays and Fused of rows."""
-    rows_of = Geometry(geometry.b * geometry.s, 1, 1, geometry.k, 1)
-    fused = fused._replace(
-        residual=_turn(geometry, fused.residual), dresidual=_turn(geometry, fused.dresidual)
-    )
-    return rows_of, [_turn(geometry, array) for array in arrays], fused
-
-
-def _turn_back(geometry, turned, into):
-    shape = geometry.b, geometry.s, geometry.k
-    into.reshape(geometry.b, geometry.k, geometry.s)[...] = turned.reshape(shape).swapaxes(1, 2)
-
-
 def forward(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
     num_threads, fused=NOTHING,
@@ -301,6 +272,34 @@ def backward(
 
 
 # ---- calls with something beside -------------------------------------------------------------
+#
+# Sets across with anything beside are computed as rows of a transposed copy: two more passes over
+# memory each way.
+
+
+def _turns(geometry, fused):
+    beside = fused.activation or fused.residual is not None or fused.mask is not None
+    return geometry.s > 1 and beside
+
+
+def _turn(geometry, array):
+    if array is None:
+        return None
+    return np.ascontiguousarray(array.reshape(geometry.b, geometry.k, geometry.s).swapaxes(1, 2))
+
+
+def _turned(geometry, arrays, fused):
+    """The geometry, arrays and Fused of rows."""
+    rows_of = Geometry(geometry.b * geometry.s, 1, 1, geometry.k, 1)
+    fused = fused._replace(
+        residual=_turn(geometry, fused.residual), dresidual=_turn(geometry, fused.dresidual)
+    )
+    return rows_of, [_turn(geometry, array) for array in arrays], fused
+
+
+def _turn_back(geometry, turned, into):
+    shape = geometry.b, geometry.s, geometry.k
+    into.reshape(geometry.b, geometry.k, geometry.s)[...] = turned.reshape(shape).swapaxes(1, 2)
 
 
 def _forward_beside(
