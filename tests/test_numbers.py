@@ -142,6 +142,24 @@ def test_nan_and_inf_stay_in_their_own_statistic(norm, bad, layout, engine):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(64, 40, 3, 5), (9, 6, 40, 41), (200, 300)], ids=str)
+def test_gradients_far_from_zero(shape, layout, engine):
+    """The mean is no float32: what its rounding leaves is many of the gradient's digits."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(1e4 + 1 / 3, 0.05, shape).astype(np.float32)
+    dy = rng.normal(1, 1, shape).astype(np.float32)
+    exact = oracle.channel_norm(x, dy, "batch", 0, None, None, 1e-5)
+    _, stats = batch_norm(x, layout, engine)
+    found = fastnorm.batch_norm_backward(
+        lay(dy, layout), lay(x, layout), stats, layout=layout, backend=engine
+    )
+    for name in ("dweight", "dx"):
+        wanted = np.asarray(exact[name], np.float64)
+        given = unlay(found.dx, layout) if name == "dx" else found.dweight
+        np.testing.assert_allclose(given, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_empty_batch(layout, engine):
     shape = (0, 3, 4, 4) if layout == "NCHW" else (0, 4, 4, 3)
     x = np.empty(shape, np.float32)
