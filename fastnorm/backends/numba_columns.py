@@ -29,6 +29,7 @@ from fastnorm.backends.numba_words import (
     reciprocal_deviation,
 )
 
+FEW = 256  # channels, below which a row has several copies of them
 NARROW = 16  # the width of few columns becomes a multiple of this
 WIDE = 64  # and at least this
 TILE = 65536  # values in a tile, at least,
@@ -43,7 +44,7 @@ def cut_columns(geometry):
     """(cut, tiles) of a geometry."""
     channels = geometry.g * geometry.k
     copies = 1
-    if channels < 256:
+    if channels < FEW:
         while copies * channels % NARROW or copies * channels < WIDE:
             copies += 1
         copies = min(copies, geometry.o)
