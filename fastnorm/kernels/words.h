@@ -276,19 +276,62 @@ typedef double four __attribute__((vector_size(32)));
 
 typedef work eight_work __attribute__((vector_size(8 * sizeof(work))));
 
+/* wide = v. (By pointers: a vector that is returned has a calling convention for each level.) */
+static inline void widen_eight(eight *wide, const eight_work *v)
+{
+#if defined(__AVX512F__) && !defined(FN_TYPE_float64)
+    *wide = (eight)_mm512_cvtps_pd((__m256)*v); /* gcc converts four at a time */
+#else
+    *wide = __builtin_convertvector(*v, eight);
+#endif
+}
+
 /* wide = lanes [8*part, 8*part + 8). */
 static inline void widen_lanes(eight *wide, const vec *lanes, int part)
 {
-#if defined(__AVX512F__) && !defined(FN_TYPE_float64)
-    /* gcc converts four at a time otherwise: 1.3 times as long a fold. */
-    __m512d whole = (__m512d)lanes[part / 2];
-    __m256d half = part % 2 ? _mm512_extractf64x4_pd(whole, 1) : _mm512_castpd512_pd256(whole);
-    *wide = (eight)_mm512_cvtps_pd((__m256)half);
-#else
     eight_work narrow;
+#if defined(__AVX512F__) && !defined(FN_TYPE_float64)
+    /* Out of registers: 1.3 times as long a fold otherwise. */
+    __m512d whole = (__m512d)lanes[part / 2];
+    narrow = (eight_work)(part % 2 ? _mm512_extractf64x4_pd(whole, 1)
+                                   : _mm512_castpd512_pd256(whole));
+#else
     memcpy(&narrow, (const work *)lanes + 8 * part, sizeof narrow);
-    *wide = __builtin_convertvector(narrow, eight);
 #endif
+    widen_eight(wide, &narrow);
+}
+
+static inline double fold_eight(const eight *v)
+{
+    four low, high;
+#if defined(__AVX512F__)
+    low = (four)_mm512_castpd512_pd256((__m512d)*v);
+    high = (four)_mm512_extractf64x4_pd((__m512d)*v, 1);
+#else
+    memcpy(&low, v, sizeof low);
+    memcpy(&high, (const double *)v + 4, sizeof high);
+#endif
+    low += high;
+    return (low[0] + low[2]) + (low[1] + low[3]);
+}
+
+/* The sum of a[0..n) in double. Up to eight values behind are read, and do not count. */
+static inline double sum_work(const work *a, int64_t n)
+{
+    const eight_work place = {0, 1, 2, 3, 4, 5, 6, 7};
+    eight total = {0}, wide;
+    eight_work v;
+    for (; n >= 8; n -= 8, a += 8) {
+        memcpy(&v, a, sizeof v);
+        widen_eight(&wide, &v);
+        total += wide;
+    }
+    memcpy(&v, a, sizeof v);
+    __typeof__(place < place) counts = place < (work)n;
+    v = (eight_work)(counts & (__typeof__(counts))v);
+    widen_eight(&wide, &v);
+    total += wide;
+    return fold_eight(&total);
 }
 
 /* The sum of the lanes, plus `total` where it is not NULL, in double and pairwise: an order that
@@ -296,7 +339,6 @@ static inline void widen_lanes(eight *wide, const vec *lanes, int part)
 static inline double fold_lanes(const vec *lanes, const double *total)
 {
     eight v[FN_LANES / 8];
-    four low, high;
     for (int part = 0; part < FN_LANES / 8; part++) {
         widen_lanes(&v[part], lanes, part);
         if (total) {
@@ -306,15 +348,7 @@ static inline double fold_lanes(const vec *lanes, const double *total)
         }
     }
     v[0] = (v[0] + v[2]) + (v[1] + v[3]);
-#if defined(__AVX512F__)
-    low = (four)_mm512_castpd512_pd256((__m512d)v[0]);
-    high = (four)_mm512_extractf64x4_pd((__m512d)v[0], 1);
-#else
-    memcpy(&low, &v[0], sizeof low);
-    memcpy(&high, (const double *)&v[0] + 4, sizeof high);
-#endif
-    low += high;
-    return (low[0] + low[2]) + (low[1] + low[3]);
+    return fold_eight(v);
 }
 
 enum { FN_ROWS = 8 };

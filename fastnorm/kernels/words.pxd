@@ -38,6 +38,7 @@ cdef extern from "words.h" nogil:
     void stream_end()
     void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
+    double sum_work(const work* a, int64_t n)
     double fold_lanes(const vec* lanes, const double* total)
     void fold_rows(const vec* lanes, int64_t rows, double* sums)
     int64_t until_aligned(const stored* y)
@@ -359,19 +360,14 @@ cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale, 
     return y
 
 
-cdef struct batch:
-    # BATCH vectors of x and of dy.
-    vec x[BATCH]
-    vec dy[BATCH]
-
-
-cdef inline void load_batch(batch* a, const stored* x, const stored* dy, int64_t ahead,
+cdef inline void load_batch(vec* a, vec* b, const stored* x, const stored* dy, int64_t ahead,
                             int vectors) noexcept nogil:
+    """a = x, and b = dy."""
     cdef int v
     for v in range(vectors):
-        a.x[v] = load(x + v * WIDTH)
+        a[v] = load(x + v * WIDTH)
         if dy != NULL:
-            a.dy[v] = load(dy + v * WIDTH)
+            b[v] = load(dy + v * WIDTH)
         if ahead:
             fetch(x + v * WIDTH + ahead)
             if dy != NULL:
@@ -379,9 +375,9 @@ cdef inline void load_batch(batch* a, const stored* x, const stored* dy, int64_t
 
 
 cdef inline void map_batch(
-    batch* a, stored* y, const work* hi, const work* scale, const work* shift, const work* dscale,
-    bint each, const work* weight, const work* bias, const vec* one, bint with_dy,
-    const work* gate_scale, const work* gate_shift, bint streaming, int vectors
+    vec* a, const vec* b, stored* y, const work* hi, const work* scale, const work* shift,
+    const work* dscale, bint each, const work* weight, const work* bias, const vec* one,
+    bint with_dy, const work* gate_scale, const work* gate_shift, bint streaming, int vectors
 ) noexcept nogil:
     """`one` holds hi, scale, shift, dscale and the gate where one serves every place."""
     cdef vec gate[2]
@@ -391,14 +387,50 @@ cdef inline void map_batch(
         if gate_scale != NULL:
             gate[0] = load_work(gate_scale + at) if each else one[4]
             gate[1] = load_work(gate_shift + at) if each else one[5]
-        a.x[v] = mapped(a.x[v], a.dy[v], load_work(hi + at) if each else one[0],
-                        load_work(scale + at) if each else one[1],
-                        load_work(shift + at) if each else one[2],
-                        load_work(dscale + at) if each and with_dy else one[3], with_dy,
-                        NULL if gate_scale == NULL else gate)
+        a[v] = mapped(a[v], b[v], load_work(hi + at) if each else one[0],
+                      load_work(scale + at) if each else one[1],
+                      load_work(shift + at) if each else one[2],
+                      load_work(dscale + at) if each and with_dy else one[3], with_dy,
+                      NULL if gate_scale == NULL else gate)
         if weight != NULL:
-            a.x[v] = a.x[v] * load_work(weight + at) + load_work(bias + at)
-    put_all(y, a.x, streaming, vectors)
+            a[v] = a[v] * load_work(weight + at) + load_work(bias + at)
+    put_all(y, a, streaming, vectors)
+
+
+cdef inline int64_t map_batches(
+    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
+    const vec* one, const work* gate_scale, const work* gate_shift, int64_t ahead
+) noexcept nogil:
+    """map_places of whole batches, at least one; how many values they were.
+
+    A batch is loaded before the one in front of it is stored: where y lies a little behind x
+    modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
+    cache). Without a condition in the loop, for which gcc kept both batches on the stack (1.05)."""
+    cdef vec now[BATCH]
+    cdef vec now_dy[BATCH]
+    cdef vec later[BATCH]
+    cdef vec later_dy[BATCH]
+    cdef int64_t p = 0, e = 0
+    cdef int v
+    load_batch(now, now_dy, x, dy, ahead, BATCH)
+    while p + 2 * BATCH * WIDTH <= n:
+        load_batch(later, later_dy, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH), ahead,
+                   BATCH)
+        map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
+                  past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+                  past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
+        for v in range(BATCH):
+            now[v] = later[v]
+            if dy != NULL:
+                now_dy[v] = later_dy[v]
+        p += BATCH * WIDTH
+        if each:
+            e = p
+    map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
+              past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+              past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
+    return p + BATCH * WIDTH
 
 
 cdef inline void map_places(
@@ -414,13 +446,12 @@ cdef inline void map_places(
     With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
     and memory would otherwise only be written here.
 
-    A batch is loaded before the one in front of it is stored: where y lies a little behind x
-    modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
-    cache). Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
+    Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
     cdef vec one[6]
     cdef vec gate[2]
     cdef vec d
-    cdef batch now, later
+    cdef vec now[BATCH]
+    cdef vec now_dy[BATCH]
     cdef int64_t p = 0, part = head(y, n, &streaming), step, e
     # A line that is streamed in part is read, and written twice.
     cdef int64_t stop = n - (n - part) % (64 // <int64_t> sizeof(stored)) if streaming else n
@@ -433,32 +464,24 @@ cdef inline void map_places(
         one[5] = splat(gate_shift[0])
     while p < n:
         if part == 0:
-            if not streaming and p + BATCH * WIDTH <= n and (
-                    not each or until_aligned(y + p) == 0):
-                load_batch(&now, x + p, past(dy, p), ahead, BATCH)
-                while p + BATCH * WIDTH <= n:
-                    if p + 2 * BATCH * WIDTH <= n:
-                        load_batch(&later, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH),
-                                   ahead, BATCH)
-                    e = p if each else 0
-                    map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e),
-                              each, past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
-                              past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
-                    now = later
-                    p += BATCH * WIDTH
+            if not streaming and n >= BATCH * WIDTH and (not each or until_aligned(y) == 0):
+                p = map_batches(x, dy, y, n, hi, scale, shift, dscale, each, weight, bias, one,
+                                gate_scale, gate_shift, ahead)
             while p + PAIR * WIDTH <= stop:
-                load_batch(&now, x + p, past(dy, p), ahead, PAIR)
+                load_batch(now, now_dy, x + p, past(dy, p), ahead, PAIR)
                 e = p if each else 0
-                map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
-                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
-                          past_weight(gate_scale, e), past_weight(gate_shift, e), streaming, PAIR)
+                map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e,
+                          past_weight(dscale, e), each, past_weight(weight, p),
+                          past_weight(bias, p), one, dy != NULL, past_weight(gate_scale, e),
+                          past_weight(gate_shift, e), streaming, PAIR)
                 p += PAIR * WIDTH
             while p + WIDTH <= stop:
-                load_batch(&now, x + p, past(dy, p), ahead, 1)
+                load_batch(now, now_dy, x + p, past(dy, p), ahead, 1)
                 e = p if each else 0
-                map_batch(&now, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
-                          past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
-                          past_weight(gate_scale, e), past_weight(gate_shift, e), streaming, 1)
+                map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e,
+                          past_weight(dscale, e), each, past_weight(weight, p),
+                          past_weight(bias, p), one, dy != NULL, past_weight(gate_scale, e),
+                          past_weight(gate_shift, e), streaming, 1)
                 p += WIDTH
             part = n - p
         else:
