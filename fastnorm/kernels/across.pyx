@@ -86,6 +86,12 @@ cdef inline int64_t look_ahead(const plan* p, int64_t unit, int64_t stop) noexce
     return bounds(p, unit + 1, &n, &set_) - bounds(p, unit, &n, &set_)
 
 
+cdef inline int64_t rows_at_once(int64_t n) noexcept nogil:
+    """All of a run where what belongs to their columns stays in registers: memory is read in its
+    order then."""
+    return RUN if n <= CHUNK * WIDTH else STEP
+
+
 cdef inline void flush(strip* w, int64_t n) noexcept nogil:
     cdef int64_t c
     for c in range(n):
@@ -204,14 +210,15 @@ cdef inline void map_columns(
     const work* scale, const work* shift, const work* dscale, int64_t n, const work* weight,
     const work* bias, bint streaming, int64_t ahead, int vectors
 ) noexcept nogil:
-    """map_rows of n = vectors*WIDTH columns, or fewer in one vec."""
+    """map_rows of n columns: `vectors` vecs, the last a part or whole."""
     cdef vec h[CHUNK]
     cdef vec a[CHUNK]
     cdef vec b[CHUNK]
     cdef vec e[CHUNK]
     cdef vec z[CHUNK]
-    cdef bint whole = n == vectors * WIDTH
-    cdef int64_t row
+    cdef vec u
+    cdef int64_t last = n - (vectors - 1) * WIDTH, row
+    cdef bint part = last < WIDTH
     cdef int v
     for v in range(vectors):
         h[v] = load_work(hi + v * WIDTH)
@@ -225,17 +232,20 @@ cdef inline void map_columns(
                 fetch(x + v * WIDTH + ahead)
                 if dy != NULL:
                     fetch(dy + v * WIDTH + ahead)
-            z[v] = load(x + v * WIDTH) if whole else load_part(x, n, 0)
+            z[v] = load_part(x + v * WIDTH, last, 0) if part and v == vectors - 1 else (
+                load(x + v * WIDTH))
             z[v] = (z[v] - h[v]) * a[v] + b[v]
             if dy == NULL:
                 z[v] = z[v] * splat(weight[row]) + splat(bias[row])
-            else:
-                z[v] = z[v] + ((load(dy + v * WIDTH) if whole else load_part(dy, n, 0))
-                               * (e[v] * splat(weight[row])))
-        if whole:
-            put_all(y, z, streaming, vectors)
+                continue
+            u = load_part(dy + v * WIDTH, last, 0) if part and v == vectors - 1 else (
+                load(dy + v * WIDTH))
+            z[v] = z[v] + u * (e[v] * splat(weight[row]))
+        if part:
+            put_all(y, z, False, vectors - 1)
+            store_part(y + (vectors - 1) * WIDTH, last, z[vectors - 1])
         else:
-            store_part(y, n, z[0])
+            put_all(y, z, streaming, vectors)
         x += stride
         dy = past(dy, stride)
         y += stride
@@ -256,11 +266,18 @@ cdef inline void map_rows(
         map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
                     past_weight(dscale, c), CHUNK * WIDTH, weight, bias, lines, ahead, CHUNK)
         c += CHUNK * WIDTH
-    while c < n:
+    if n - c > 3 * WIDTH:
         map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
-                    past_weight(dscale, c), minimum(WIDTH, n - c), weight, bias, False, ahead,
-                    1)
-        c += WIDTH
+                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 4)
+    elif n - c > 2 * WIDTH:
+        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
+                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 3)
+    elif n - c > WIDTH:
+        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
+                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 2)
+    elif n > c:
+        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
+                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 1)
 
 
 cdef inline void load_row(strip* w, int64_t n, work weight, work bias) noexcept nogil:
@@ -275,15 +292,16 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef strip w
     cdef int64_t n, set_, row = 0, count, since = 0, ahead = look_ahead(p, index, p.units)
-    cdef int64_t at = bounds(p, index, &n, &set_)
+    cdef int64_t at = bounds(p, index, &n, &set_), step = rows_at_once(n)
     cdef const stored* x = <const stored*> t.x + at
     cdef const work* weight = <const work*> t.weight
     cdef const work* bias = <const work*> t.bias
     sample_sets(t, x, n, &w)
     clear(&w)
     while row < t.k:
-        count = minimum(STEP, t.k - row)
-        sum_rows(x + row * t.s, NULL, count, t.s, n, w.hi, NULL, NULL, w.s, w.q, count * t.s)
+        count = minimum(step, t.k - row)
+        sum_rows(x + row * t.s, NULL, count, t.s, n, w.hi, NULL, NULL, w.s, w.q,
+                 count * t.s if step == STEP else 0)
         row += count
         since += count
         if since >= RUN or row == t.k:
@@ -298,9 +316,9 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
         row = 0
         while row < t.k:
             map_rows(x + row * t.s, NULL, <stored*> t.y + at + row * t.s,
-                     minimum(STEP, t.k - row), t.s, n, w.hi, w.scale, w.shift, NULL, weight + row,
+                     minimum(step, t.k - row), t.s, n, w.hi, w.scale, w.shift, NULL, weight + row,
                      bias + row, t.stream, ahead)
-            row += STEP
+            row += step
     if t.stream:
         stream_end()
 
@@ -350,6 +368,53 @@ cdef inline void sum_step_back(
         memcpy(w.q + at, &q, sizeof(vec))
 
 
+cdef inline void sum_narrow_back(
+    const stored* x, const stored* dy, int64_t stride, int64_t n, strip* w, const work* weight,
+    vec* lanes_a, vec* lanes_b, int rows, int vectors
+) noexcept nogil:
+    """sum_step_back of all n places, which are few: `vectors` vecs, the last may be a part."""
+    cdef vec hi[CHUNK]
+    cdef vec scale[CHUNK]
+    cdef vec shift[CHUNK]
+    cdef vec s[CHUNK]
+    cdef vec q[CHUNK]
+    cdef vec a[VECTORS]
+    cdef vec b[VECTORS]
+    cdef vec d, u
+    cdef int64_t last = n - (vectors - 1) * WIDTH
+    cdef bint part = last < WIDTH
+    cdef int v, r, lane
+    for v in range(vectors):
+        hi[v] = load_work(w.hi + v * WIDTH)
+        scale[v] = load_work(w.scale + v * WIDTH)
+        shift[v] = load_work(w.shift + v * WIDTH)
+        s[v] = load_work(w.s + v * WIDTH)
+        q[v] = load_work(w.q + v * WIDTH)
+    for r in range(rows):
+        for lane in range(VECTORS):
+            a[lane] = b[lane] = splat(0)
+        for v in range(vectors):
+            lane = v % VECTORS
+            d = load_part(x + v * WIDTH, last, 0) if part and v == vectors - 1 else (
+                load(x + v * WIDTH))
+            u = load_part(dy + v * WIDTH, last, 0) if part and v == vectors - 1 else (
+                load(dy + v * WIDTH))
+            d = d - hi[v]
+            a[lane] = plus(u * (d * scale[v] + shift[v]), a[lane])
+            b[lane] = b[lane] + u
+            u = u * splat(weight[r])
+            s[v] = s[v] + u
+            q[v] = plus(u * d, q[v])
+        for lane in range(VECTORS):
+            lanes_a[r * VECTORS + lane] = a[lane]
+            lanes_b[r * VECTORS + lane] = b[lane]
+        x += stride
+        dy += stride
+    for v in range(vectors):
+        memcpy(w.s + v * WIDTH, &s[v], sizeof(vec))
+        memcpy(w.q + v * WIDTH, &q[v], sizeof(vec))
+
+
 cdef inline void sum_rows_back(const stored* x, const stored* dy, int64_t stride, int64_t n,
                                strip* w, const work* weight, double* dweight, double* dbias,
                                int rows) noexcept nogil:
@@ -357,20 +422,26 @@ cdef inline void sum_rows_back(const stored* x, const stored* dy, int64_t stride
 
     Several rows at once, so that a set's terms are loaded and stored once for all of them (0.7 to
     0.85 of the time), while the next ones are asked for (0.7 to 0.9)."""
-    cdef vec a[STEP * VECTORS]
-    cdef vec b[STEP * VECTORS]
+    cdef vec lanes[2 * STEP * VECTORS]
+    cdef vec* a = lanes
+    cdef vec* b = lanes + STEP * VECTORS
+    cdef double sums[2 * STEP]
     cdef int64_t p = 0
     cdef int v, r
-    for v in range(rows * VECTORS):
-        a[v] = b[v] = splat(0)
+    for v in range(2 * STEP * VECTORS):
+        lanes[v] = splat(0)
+    if n > 3 * WIDTH and n <= 4 * WIDTH:
+        sum_narrow_back(x, dy, stride, n, w, weight, a, b, rows, 4)
+        p = n
     while p + LANES <= n:
         sum_step_back(x, dy, stride, LANES, w, p, weight, a, b, rows)
         p += LANES
     if p < n:
         sum_step_back(x, dy, stride, n - p, w, p, weight, a, b, rows)
+    fold_rows(lanes, 2 * STEP, sums)
     for r in range(rows):
-        dweight[r] += fold_lanes(a + r * VECTORS, NULL)
-        dbias[r] += fold_lanes(b + r * VECTORS, NULL)
+        dweight[r] += sums[r]
+        dbias[r] += sums[STEP + r]
 
 
 cdef inline void start_sets(const fn_task* t, int64_t set_, int64_t n, strip* w) noexcept nogil:
@@ -452,13 +523,14 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
         finish_terms(t, set_, n, &w)
         row = 0
         while row < t.k:
-            map_rows(x + row * t.s, dy + row * t.s, <stored*> t.y + at + row * t.s,
-                     minimum(STEP, t.k - row), t.s, n, w.hi, w.row_scale, w.row_shift, w.scale,
-                     weight + row, NULL, t.stream and t.mask == NULL, ahead)
+            count = minimum(rows_at_once(n), t.k - row)
+            map_rows(x + row * t.s, dy + row * t.s, <stored*> t.y + at + row * t.s, count, t.s, n,
+                     w.hi, w.row_scale, w.row_shift, w.scale, weight + row, NULL,
+                     t.stream and t.mask == NULL, ahead)
             if t.mask != NULL:
-                for r in range(row, minimum(t.k, row + STEP)):
+                for r in range(row, row + count):
                     blank(<stored*> t.y + at + r * t.s, t.mask + set_, n)
-            row += STEP
+            row += count
     if t.stream:
         stream_end()
 

@@ -525,25 +525,73 @@ cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
             q[c] = q[c] - mean * mean * count
 
 
+# Sums over the columns of a group: in eight lanes, since one sum would wait for each addition.
+
+
+cdef inline double fold(const double* lanes) noexcept nogil:
+    return (((lanes[0] + lanes[4]) + (lanes[2] + lanes[6]))
+            + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])))
+
+
+cdef inline double sum_about(const double* a, double about, int64_t n) noexcept nogil:
+    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
+    cdef int64_t c = 0, j
+    while c + 8 <= n:
+        for j in range(8):
+            lanes[j] = lanes[j] + (a[c + j] - about)
+        c += 8
+    for j in range(n - c):
+        lanes[j] = lanes[j] + (a[c + j] - about)
+    return fold(lanes)
+
+
+cdef inline double sum_squares_about(const double* a, const double* squares, double about,
+                                     double count, int64_t n) noexcept nogil:
+    """The sum of squares + (a - about)^2*count."""
+    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
+    cdef int64_t c = 0, j
+    cdef double d
+    while c + 8 <= n:
+        for j in range(8):
+            d = a[c + j] - about
+            lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
+        c += 8
+    for j in range(n - c):
+        d = a[c + j] - about
+        lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
+    return fold(lanes)
+
+
+cdef inline double sum_weighted(const double* a, const work* weight, int64_t n) noexcept nogil:
+    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
+    cdef int64_t c = 0, j
+    while c + 8 <= n:
+        for j in range(8):
+            lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
+        c += 8
+    for j in range(n - c):
+        lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
+    return fold(lanes)
+
+
 cdef void merge_columns(const plan* p, int64_t b) noexcept nogil:
     """Chan's merge: the moments of each column become those of each group, g in place g, where
     only columns of the groups before it were."""
     cdef const fn_task* t = p.task
     cdef double* means = sums_of(p, b, 0)
     cdef double* squares = means + p.width
-    cdef double first, mean, m2, d, count = values_of(t, b)
+    cdef double first, mean, m2, count = values_of(t, b)
     cdef int64_t g, c, r
     for g in range(t.g):
         first = means[g * t.k]
         mean = m2 = 0
         for r in range(p.copies):
-            for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
-                mean += (means[c] - first) * <double> count_of(p, b, c)
+            c = r * p.channels + g * t.k
+            mean += sum_about(means + c, first, t.k) * <double> count_of(p, b, c)
         mean = first + mean / count if count > 0 else 0
         for r in range(p.copies):
-            for c in range(r * p.channels + g * t.k, r * p.channels + (g + 1) * t.k):
-                d = means[c] - mean
-                m2 += squares[c] + d * d * <double> count_of(p, b, c)
+            c = r * p.channels + g * t.k
+            m2 += sum_squares_about(means + c, squares + c, mean, <double> count_of(p, b, c), t.k)
         means[g] = mean
         squares[g] = m2
 
@@ -754,26 +802,24 @@ cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noex
             q[c] += q[r * p.channels + c]
     if t.k == 1 and t.has_mean:  # in whole loops, those of vectors
         for c in range(c0, minimum(t.g, c1)):
+            q[c] = rstds[c] * (q[c] - (means[c] - <double> hi[c]) * s[c])
+        for c in range(c0, minimum(t.g, c1)):
             rstd = rstds[c]
-            lo = means[c] - <double> hi[c]
-            q[c] = rstd * (q[c] - lo * s[c])
             m1 = <double> weight[c] * s[c] * about_mean
             m2 = <double> weight[c] * q[c] * inverse
             hi[p.padded + c] = <work> (-rstd * rstd * m2)
-            hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
+            hi[2 * p.padded + c] = <work> (
+                rstd * (rstd * m2 * (means[c] - <double> hi[c]) - m1))
             hi[3 * p.padded + c] = <work> (rstd * <double> weight[c])
         c1 = c0
     for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
         mean = means[g] if t.has_mean else 0
         rstd = rstds[g]
         lo = mean - <double> (<work> mean)
-        m1 = m2 = 0
         for c in range(g * t.k, (g + 1) * t.k):
             q[c] = rstd * (q[c] - lo * s[c])
-            m1 += <double> weight[c] * s[c]
-            m2 += <double> weight[c] * q[c]
-        m1 = m1 * about_mean
-        m2 = m2 * inverse
+        m1 = sum_weighted(s + g * t.k, weight + g * t.k, t.k) * about_mean
+        m2 = sum_weighted(q + g * t.k, weight + g * t.k, t.k) * inverse
         for c in range(g * t.k, (g + 1) * t.k):
             hi[p.padded + c] = <work> (-rstd * rstd * m2)
             hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
