@@ -115,22 +115,32 @@ cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
                            double mean, double rstd, int64_t ahead) noexcept nogil:
     """Normalize the places [p0, p1) of run r of a set."""
-    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop
-    cdef int64_t channel = set_ % t.g * t.k
-    cdef const stored* x = <const stored*> t.x + start
-    cdef stored* y = <stored*> t.y + start
-    cdef affine c
+    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop, c, channels
+    cdef int64_t k = p0 // t.i, end = ceil_div(p1, t.i)
+    cdef const work* weight = <const work*> t.weight + set_ % t.g * t.k
+    cdef const work* bias = <const work*> t.bias + set_ % t.g * t.k
+    cdef work scale[BLOCK]
+    cdef work shift[BLOCK]
+    cdef work hi = <work> mean
+    cdef double lo = mean - <double> hi, scaled
     if t.i == 1:
-        map_elements(t, start + p0, channel + p0, p1 - p0, mean, rstd, ahead)
+        map_elements(t, start + p0, set_ % t.g * t.k + p0, p1 - p0, mean, rstd, ahead)
         return
-    while at < p1:
-        stop = minimum(p1, (at // t.i + 1) * t.i)
-        c = affine_of(t, channel + at // t.i, mean, rstd)
-        if t.fused:
-            map_fused(t, start + at, stop - at, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
-        else:
-            map_run(x + at, NULL, y + at, stop - at, c.hi, c.scale, c.shift, 0, t.stream, ahead)
-        at = stop
+    while k < end:
+        channels = minimum(BLOCK, end - k)
+        for c in range(channels):  # a loop of vectors
+            scaled = rstd * <double> weight[k + c]
+            scale[c] = <work> scaled
+            shift[c] = <work> (<double> bias[k + c] - lo * scaled)
+        for c in range(channels):
+            stop = minimum(p1, (k + c + 1) * t.i)
+            if t.fused:
+                map_fused(t, start + at, stop - at, &hi, scale + c, shift + c, False, NULL, NULL)
+            else:
+                map_run(<const stored*> t.x + start + at, NULL, <stored*> t.y + start + at,
+                        stop - at, hi, scale[c], shift[c], 0, t.stream, ahead)
+            at = stop
+        k += channels
 
 
 cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const double* mean,
