@@ -29,7 +29,7 @@ cdef enum:
     BLOCK = 64
     SLAB = 1024  # places of a slab, twice as many where outputs are streamed
     SHORT_RUN = 256  # values in a run, below which sets are summed and mapped as slabs
-    GIVEN_SHORT_RUN = 100  # or only mapped
+    GIVEN_SHORT_RUN = 700  # bytes of one, below which they are only mapped as slabs
     SHORT = 1024  # values in a run, below which the next one is not foreseen
     ELEMENTS = 4096  # values of ROWS rows, or what fits a cache: more are not summed together
     STRIP = 1024  # columns whose weights and sums stay in the first-level cache
@@ -56,7 +56,8 @@ cdef struct plan:
 cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
     """Whether runs are so short that their ends and their sums by run would cost the most."""
     return (t.b == 1 and t.k == 1 and t.o >= 8 and t.mask == NULL
-            and 1 < t.i < (GIVEN_SHORT_RUN if t.given and t.dy == NULL else SHORT_RUN))
+            and 1 < t.i < SHORT_RUN and not (
+                t.given and t.dy == NULL and t.i * <int64_t> sizeof(stored) >= GIVEN_SHORT_RUN))
 
 
 cdef inline bint brief(const plan* p) noexcept nogil:
