@@ -143,6 +143,17 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
         k += channels
 
 
+cdef inline void map_one(const fn_task* t, int64_t at, int64_t n, int64_t channel, double mean,
+                         double rstd, int64_t ahead) noexcept nogil:
+    """Normalize n values of one channel."""
+    cdef affine c = affine_of(t, channel, mean, rstd)
+    if t.fused:
+        map_fused(t, at, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+    else:
+        map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, c.hi, c.scale, c.shift, 0,
+                t.stream, ahead)
+
+
 cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const double* mean,
                            const double* rstd, int64_t ahead) noexcept nogil:
     """map_piece for neighbouring sets of one channel each, in memory order."""
@@ -224,17 +235,10 @@ cdef void leave_row(const fn_task* t, int64_t set_) noexcept nogil:
 cdef inline void map_set(const fn_task* t, int64_t set_, double mean, double rstd,
                          int64_t ahead) noexcept nogil:
     """Normalize a set that is one run."""
-    cdef int64_t at = set_ * t.k * t.i
-    cdef affine c
     if t.k > 1:
         map_piece(t, set_, 0, 0, t.k * t.i, mean, rstd, ahead)
-        return
-    c = affine_of(t, set_ % t.g, mean, rstd)
-    if t.fused:
-        map_fused(t, at, t.i, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
     else:
-        map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, t.i, c.hi, c.scale, c.shift, 0,
-                t.stream, ahead)
+        map_one(t, set_ * t.i, t.i, set_ % t.g, mean, rstd, ahead)
 
 
 cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexcept nogil:
@@ -384,10 +388,14 @@ cdef void given_tile(void* context, int64_t index) noexcept nogil:
     """A tile of the whole array in memory order; p.partial is rstd."""
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
-    cdef int64_t p0 = index % p.pieces * p.piece, first = index // p.pieces * p.tile_runs, run
+    cdef int64_t p0 = index % p.pieces * p.piece, first = index // p.pieces * p.tile_runs, run, g
+    cdef int64_t p1 = minimum(p.n, p0 + p.piece)
     for run in range(first, minimum(t.o * t.g, first + p.tile_runs)):
-        map_piece(t, run % t.g, run // t.g, p0, minimum(p.n, p0 + p.piece), t.mean[run % t.g],
-                  p.partial[run % t.g], 0)
+        g = run % t.g
+        if t.k == 1 and t.i > 1:
+            map_one(t, run * p.n + p0, p1 - p0, g, t.mean[g], p.partial[g], 0)
+        else:
+            map_piece(t, g, run // t.g, p0, p1, t.mean[g], p.partial[g], 0)
     if t.stream:
         stream_end()
 
