@@ -14,6 +14,7 @@ depend on the geometry alone, and merged in their order.
 
 from libc.string cimport memcpy, memset
 
+from fastnorm.kernels.down cimport *
 from fastnorm.kernels.words cimport *
 
 cdef enum:

@@ -59,22 +59,24 @@ static inline vec at_most(vec v, work bound)
 /* From where on exp would leave the normal numbers. */
 static inline vec within(vec v) { return at_most(at_least(v, -EXP_MOST), EXP_MOST); }
 
-/* v = exp(v), |v| <= EXP_MOST or NaN, as 2^n times a polynomial of r, |r| <= ln(2)/2. */
-static inline void exponential(vec *v)
+/* v = exp(sign*v), |v| <= EXP_MOST or NaN, as 2^n times a polynomial of sign*r, |r| <= ln(2)/2. The
+ * sign, 1 or -1, is in the constants. */
+static inline void exponential(vec *v, const int sign)
 {
     enum { DEGREE = sizeof exp_powers / sizeof *exp_powers - 1 };
     /* Adding it rounds to a whole number, which with the exponent's bias the lowest bits then are:
      * from -BIAS, which makes 2^n 0, to BIAS. */
     const vec magic = splat((work)1.5 * (work)(1LL << MANTISSA) + BIAS);
     vec n[TOGETHER], r[TOGETHER], power[TOGETHER];
-    EACH n[j] = v[j] * splat((work)1.4426950408889634) + magic;
+    EACH n[j] = v[j] * splat(sign * (work)1.4426950408889634) + magic;
     EACH power[j] = (vec)((whole_vec)n[j] << MANTISSA);
     EACH n[j] -= magic;
-    EACH r[j] = v[j] - n[j] * splat(LN2_HIGH) - n[j] * splat(LN2_LOW);
-    EACH v[j] = splat(exp_powers[DEGREE]);
+    EACH r[j] = v[j] - n[j] * splat(sign * LN2_HIGH) - n[j] * splat(sign * LN2_LOW);
 #pragma GCC unroll 16
-    for (int degree = DEGREE - 1; degree >= 0; degree--)
-        EACH v[j] = v[j] * r[j] + splat(exp_powers[degree]);
+    for (int degree = DEGREE; degree >= 0; degree--) {
+        const vec factor = splat(degree % 2 ? sign * exp_powers[degree] : exp_powers[degree]);
+        EACH v[j] = degree == DEGREE ? factor : v[j] * r[j] + factor;
+    }
     EACH v[j] *= power[j];
 }
 
@@ -110,15 +112,14 @@ static inline void half_erfc(vec *x)
     for (int power = LAST - 1; power >= 0; power--)
         EACH sum[j] = sum[j] * u[j] + splat(powers[power]);
     EACH x[j] = at_least(sum[j] - x[j] * x[j], -EXP_MOST);
-    exponential(x);
+    exponential(x, 1);
     EACH x[j] *= splat((work)0.5) * t[j];
 }
 
 /* v = sigmoid(v), |v| <= EXP_MOST; rest = 1 minus it, without cancellation. */
 static inline void sigmoid(vec *v, vec *rest)
 {
-    EACH v[j] = -v[j];
-    exponential(v);
+    exponential(v, -1);
     EACH rest[j] = v[j];
     EACH v[j] = splat(1) / (splat(1) + v[j]);
     EACH rest[j] *= v[j];
@@ -141,7 +142,7 @@ static inline void normal_cdf(vec *v)
 /* z = activation(z). kind is a fastnorm_activation; slope is leaky_relu's. */
 static inline void activate(vec *z, int kind, work slope)
 {
-    vec gate[TOGETHER], unused[TOGETHER];
+    vec gate[TOGETHER];
     if (kind == FASTNORM_NO_ACTIVATION) return;
     if (kind == FASTNORM_RELU) {
         EACH z[j] = choose(z[j] <= splat(0), splat(0), z[j]);
@@ -155,13 +156,14 @@ static inline void activate(vec *z, int kind, work slope)
     EACH gate[j] = at_most(z[j], EXP_MOST);
     if (kind == FASTNORM_GELU) {
         normal_cdf(gate);
-    } else {
-        if (kind == FASTNORM_GELU_TANH)
-            EACH gate[j] = within(splat(GELU_SCALE) * gate[j] *
-                                  (splat(1) + splat(GELU_CUBE) * gate[j] * gate[j]));
-        sigmoid(gate, unused);
+        EACH z[j] *= gate[j];
+        return;
     }
-    EACH z[j] *= gate[j];
+    if (kind == FASTNORM_GELU_TANH)
+        EACH gate[j] = within(splat(GELU_SCALE) * gate[j] *
+                              (splat(1) + splat(GELU_CUBE) * gate[j] * gate[j]));
+    exponential(gate, -1);
+    EACH z[j] /= splat(1) + gate[j];
 }
 
 /* z = dy*activation'(z). */
@@ -183,7 +185,7 @@ static inline void deactivate(vec *z, const vec *dy, int kind, work slope)
     if (kind == FASTNORM_GELU) {
         normal_cdf(gate);
         EACH change[j] = at_least(splat((work)-0.5) * z[j] * z[j], -EXP_MOST);
-        exponential(change);
+        exponential(change, 1);
         EACH change[j] *= splat((work)0.3989422804014327);
     } else if (kind == FASTNORM_SILU) {
         sigmoid(gate, change);

@@ -27,6 +27,8 @@ threads.
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
+from fastnorm.kernels.down cimport *
+from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
 
 cdef enum:

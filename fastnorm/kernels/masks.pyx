@@ -10,9 +10,10 @@ from libc.math cimport fabs, isfinite
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
+from fastnorm.kernels.runs cimport map_run, sum_runs, sum_runs_exact
 from fastnorm.kernels.words cimport (
-    ALL_VALID, NONE_VALID, SAMPLES, SOME_VALID, STRETCH, blank_gaps, fn_task, keep_valid, map_run,
-    on_grid, past, place_in_mask, stored, stretch, sum_runs, sum_runs_exact, widen, work,
+    ALL_VALID, NONE_VALID, SAMPLES, SOME_VALID, STRETCH, blank_gaps, fn_task, keep_valid, on_grid,
+    past, place_in_mask, stored, stretch, widen, work,
 )
 
 

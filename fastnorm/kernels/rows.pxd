@@ -21,6 +21,8 @@ alone; which thread takes which never changes a bit.
 
 from libc.string cimport memcpy, memset
 
+from fastnorm.kernels.down cimport *
+from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
 
 cdef enum:

@@ -1,0 +1,331 @@
+"""Inlined words of the kernels: sums over runs, and a run mapped and stored.
+
+Sums keep LANES partial sums in the working type, a fixed number, so that every vector width
+gives the same bits; after FLUSH steps the lanes are added to doubles, so that a lane never
+sums more than 2*FLUSH values in the working type. Loops over VECTORS are unrolled, and arrays of
+that many stay in registers.
+"""
+
+from libc.stdint cimport int64_t
+
+from fastnorm.kernels.words cimport *
+
+
+# ---- sums over runs ----------------------------------------------------------------------
+
+
+cdef inline void sum_step(
+    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
+    const vec* gate, vec* s, vec* q
+) noexcept nogil:
+    """LANES values; n of them where n is not LANES."""
+    cdef vec a, d
+    cdef int v
+    for v in range(VECTORS):
+        if n == LANES:
+            d = load(x + v * WIDTH) - about
+            a = d
+            if dy != NULL:
+                a = load(dy + v * WIDTH)
+                if weight != NULL:
+                    a = a * load_work(weight + v * WIDTH)
+        else:
+            d = load_part(x + v * WIDTH, n - v * WIDTH, fill) - about
+            a = d
+            if dy != NULL:
+                a = load_part(dy + v * WIDTH, n - v * WIDTH, 0)
+                if weight != NULL:
+                    a = a * load_work_part(weight + v * WIDTH, n - v * WIDTH, 0)
+        if gate != NULL:
+            a = through_relu(d * gate[0] + gate[1], a)
+        s[v] = s[v] + a
+        q[v] = plus(a * d, q[v])
+
+
+cdef inline void sum_lanes(
+    const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
+    const vec* gate, vec* s, vec* q
+) noexcept nogil:
+    """sum_step over n values."""
+    cdef int64_t p = 0
+    while p + LANES <= n:
+        sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, about, fill, gate, s,
+                 q)
+        p += LANES
+    if p < n:
+        sum_step(x + p, past(dy, p), past_weight(weight, p), n - p, about, fill, gate, s,
+                 q)
+
+
+cdef inline void sum_short(
+    const stored* x, const stored* dy, const work* weight, int64_t n, work about, vec* lanes_s,
+    vec* lanes_q
+) noexcept nogil:
+    """sum_runs of one run of at most FLUSH*LANES values, but for the fold."""
+    cdef vec s[VECTORS]
+    cdef vec q[VECTORS]
+    cdef int v
+    for v in range(VECTORS):
+        s[v] = q[v] = splat(0)
+    sum_lanes(x, dy, weight, n, splat(about), about, NULL, s, q)
+    for v in range(VECTORS):
+        lanes_s[v] = s[v]
+        lanes_q[v] = q[v]
+
+
+cdef inline void sum_runs(
+    const stored* x, const stored* dy, const work* weight, int64_t runs, int64_t stride, int64_t n,
+    work about, const vec* gate, double* sums
+) noexcept nogil:
+    """Add to sums[0] and sums[1], over `runs` runs of n values, with d = x - about,
+
+        d         and d*d          where dy is NULL
+        dy        and dy*d         where weight is NULL
+        dy*weight and dy*weight*d  with one weight for each place in the run
+
+    Where gate is not NULL, dy is taken back through ReLU, whose input was d*gate[0] + gate[1].
+    """
+    cdef vec s[VECTORS]
+    cdef vec q[VECTORS]
+    cdef double total_s[LANES]
+    cdef double total_q[LANES]
+    cdef int64_t _r, p, stop, steps = 0
+    cdef bint flushed = False
+    cdef vec center = splat(about)
+    cdef int v
+    for v in range(VECTORS):
+        s[v] = q[v] = splat(0)
+    for _r in range(runs):
+        p = 0
+        while p < n:
+            stop = minimum(n, p + FLUSH * LANES)
+            steps += (stop - p + LANES - 1) // LANES
+            sum_lanes(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, gate,
+                      s, q)
+            p = stop
+            if steps >= FLUSH:
+                flush_lanes(s, total_s, flushed)
+                flush_lanes(q, total_q, flushed)
+                for v in range(VECTORS):
+                    s[v] = q[v] = splat(0)
+                flushed = True
+                steps = 0
+        x += stride
+        dy = past(dy, stride)
+    if flushed:
+        sums[0] += fold_lanes(s, total_s)
+        sums[1] += fold_lanes(q, total_q)
+    else:
+        sums[0] += fold_lanes(s, NULL)
+        sums[1] += fold_lanes(q, NULL)
+
+
+cdef inline void sum_runs_exact(
+    const stored* x, int64_t runs, int64_t stride, int64_t n, double about, double* sums
+) noexcept nogil:
+    """sum_runs of x with every operation in double, for values whose squares leave the working
+    type and for an `about` far from the mean."""
+    cdef double s[LANES]
+    cdef double q[LANES]
+    cdef double d
+    cdef int64_t _r, p
+    cdef int j
+    for j in range(LANES):
+        s[j] = q[j] = 0
+    for _r in range(runs):
+        p = 0
+        while p + LANES <= n:
+            for j in range(LANES):
+                d = <double> widen(x[p + j]) - about
+                s[j] = s[j] + d
+                q[j] = q[j] + d * d
+            p += LANES
+        for j in range(<int> (n - p)):
+            d = <double> widen(x[p + j]) - about
+            s[j] = s[j] + d
+            q[j] = q[j] + d * d
+        x += stride
+    for j in range(LANES):
+        sums[0] += s[j]
+        sums[1] += q[j]
+
+
+# ---- one run, mapped ---------------------------------------------------------------------
+
+
+cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale, bint with_dy,
+                       const vec* gate) noexcept nogil:
+    """gate as in sum_runs."""
+    cdef vec d = x - hi
+    cdef vec y = d * scale + shift
+    if gate != NULL:
+        dy = through_relu(d * gate[0] + gate[1], dy)
+    if with_dy:
+        y = y + dy * dscale
+    return y
+
+
+cdef inline void load_batch(vec* a, vec* b, const stored* x, const stored* dy, int64_t ahead,
+                            int vectors) noexcept nogil:
+    """a = x, and b = dy."""
+    cdef int v
+    for v in range(vectors):
+        a[v] = load(x + v * WIDTH)
+        if dy != NULL:
+            b[v] = load(dy + v * WIDTH)
+        if ahead:
+            fetch(x + v * WIDTH + ahead)
+            if dy != NULL:
+                fetch(dy + v * WIDTH + ahead)
+
+
+cdef inline void map_batch(
+    vec* a, const vec* b, stored* y, const work* hi, const work* scale, const work* shift,
+    const work* dscale, bint each, const work* weight, const work* bias, const vec* one,
+    bint with_dy, const work* gate_scale, const work* gate_shift, bint streaming, int vectors
+) noexcept nogil:
+    """`one` holds hi, scale, shift, dscale and the gate where one serves every place."""
+    cdef vec gate[2]
+    cdef int v, at
+    for v in range(vectors):
+        at = v * WIDTH
+        if gate_scale != NULL:
+            gate[0] = load_work(gate_scale + at) if each else one[4]
+            gate[1] = load_work(gate_shift + at) if each else one[5]
+        a[v] = mapped(a[v], b[v], load_work(hi + at) if each else one[0],
+                      load_work(scale + at) if each else one[1],
+                      load_work(shift + at) if each else one[2],
+                      load_work(dscale + at) if each and with_dy else one[3], with_dy,
+                      NULL if gate_scale == NULL else gate)
+        if weight != NULL:
+            a[v] = a[v] * load_work(weight + at) + load_work(bias + at)
+    put_all(y, a, streaming, vectors)
+
+
+cdef inline int64_t map_batches(
+    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
+    const vec* one, const work* gate_scale, const work* gate_shift, int64_t ahead
+) noexcept nogil:
+    """map_places of whole batches, at least one; how many values they were.
+
+    A batch is loaded before the one in front of it is stored: where y lies a little behind x
+    modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
+    cache). Without a condition in the loop, for which gcc kept both batches on the stack (1.05)."""
+    cdef vec now[BATCH]
+    cdef vec now_dy[BATCH]
+    cdef vec later[BATCH]
+    cdef vec later_dy[BATCH]
+    cdef int64_t p = 0, e = 0
+    cdef int v
+    load_batch(now, now_dy, x, dy, ahead, BATCH)
+    while p + 2 * BATCH * WIDTH <= n:
+        load_batch(later, later_dy, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH), ahead,
+                   BATCH)
+        map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
+                  past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+                  past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
+        for v in range(BATCH):
+            now[v] = later[v]
+            if dy != NULL:
+                now_dy[v] = later_dy[v]
+        p += BATCH * WIDTH
+        if each:
+            e = p
+    map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e, past_weight(dscale, e), each,
+              past_weight(weight, p), past_weight(bias, p), one, dy != NULL,
+              past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
+    return p + BATCH * WIDTH
+
+
+cdef inline void map_places(
+    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
+    const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
+    const work* gate_scale, const work* gate_shift, bint streaming, int64_t ahead
+) noexcept nogil:
+    """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL; where weight is not NULL,
+    that times weight plus bias; where gate_scale is not NULL, with dy taken back through ReLU,
+    whose input was (x - hi)*gate_scale + gate_shift.
+
+    weight and bias have a value for each place; the others have with `each`, and otherwise one.
+    With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
+    and memory would otherwise only be written here.
+
+    Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
+    cdef vec one[6]
+    cdef vec gate[2]
+    cdef vec d
+    cdef vec now[BATCH]
+    cdef vec now_dy[BATCH]
+    cdef int64_t p = 0, part = head(y, n, &streaming), step, e
+    # A line that is streamed in part is read, and written twice.
+    cdef int64_t stop = n - (n - part) % (64 // <int64_t> sizeof(stored)) if streaming else n
+    one[0] = splat(hi[0])
+    one[1] = splat(scale[0])
+    one[2] = splat(shift[0])
+    one[3] = d = splat(0 if dy == NULL else dscale[0])
+    if gate_scale != NULL:
+        one[4] = splat(gate_scale[0])
+        one[5] = splat(gate_shift[0])
+    while p < n:
+        if part == 0:
+            if not streaming and n >= BATCH * WIDTH and (not each or until_aligned(y) == 0):
+                p = map_batches(x, dy, y, n, hi, scale, shift, dscale, each, weight, bias, one,
+                                gate_scale, gate_shift, ahead)
+            while p + PAIR * WIDTH <= stop:
+                load_batch(now, now_dy, x + p, past(dy, p), ahead, PAIR)
+                e = p if each else 0
+                map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e,
+                          past_weight(dscale, e), each, past_weight(weight, p),
+                          past_weight(bias, p), one, dy != NULL, past_weight(gate_scale, e),
+                          past_weight(gate_shift, e), streaming, PAIR)
+                p += PAIR * WIDTH
+            while p + WIDTH <= stop:
+                load_batch(now, now_dy, x + p, past(dy, p), ahead, 1)
+                e = p if each else 0
+                map_batch(now, now_dy, y + p, hi + e, scale + e, shift + e,
+                          past_weight(dscale, e), each, past_weight(weight, p),
+                          past_weight(bias, p), one, dy != NULL, past_weight(gate_scale, e),
+                          past_weight(gate_shift, e), streaming, 1)
+                p += WIDTH
+            part = n - p
+        else:
+            # Up to the first line of y, which may be several vectors away, or the last places.
+            step = minimum(part, WIDTH)
+            if dy != NULL:
+                d = load_part(dy + p, step, 0)
+            if gate_scale != NULL:
+                gate[0] = load_work_part(gate_scale + p, step, 0) if each else one[4]
+                gate[1] = load_work_part(gate_shift + p, step, 0) if each else one[5]
+            d = mapped(
+                load_part(x + p, step, hi[0]), d,
+                load_work_part(hi + p, step, 0) if each else one[0],
+                load_work_part(scale + p, step, 0) if each else one[1],
+                load_work_part(shift + p, step, 0) if each else one[2],
+                load_work_part(dscale + p, step, 0) if each and dy != NULL else one[3],
+                dy != NULL, NULL if gate_scale == NULL else gate)
+            if weight != NULL:
+                d = (d * load_work_part(weight + p, step, 0)
+                     + load_work_part(bias + p, step, 0))
+            store_part(y + p, step, d)
+            p += step
+            part -= step
+
+
+cdef inline void map_run(
+    const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
+    work dscale, bint streaming, int64_t ahead
+) noexcept nogil:
+    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, NULL, NULL, streaming,
+               ahead)
+
+
+cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
+                            int64_t n) noexcept nogil:
+    """Ask for `runs` runs of n values."""
+    cdef int64_t r, p
+    for r in range(runs):
+        p = 0
+        while p < n:
+            fetch(x + r * stride + p)
+            p += WIDTH
