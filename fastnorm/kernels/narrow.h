@@ -1,6 +1,7 @@
 /* Loads and stores of elements of 16 bits, by whole registers: a part of words.h.
  *
- * Bit for bit what short.h does one at a time. */
+ * Bit for bit what short.h does one at a time. AVX512_BF16's conversion, behind a test for NaN and
+ * for the subnormal numbers that it drops, was no gain: 0.87 to 1.15 of the time. */
 #ifndef FASTNORM_NARROW_H
 #define FASTNORM_NARROW_H
 
