@@ -7,9 +7,9 @@ import ctypes
 import sys
 
 import numpy as np
+from compare import DTYPES, Geometry, view
 
 import fastnorm
-from fastnorm import geometry
 from fastnorm.bench import contenders, run
 from fastnorm.bench.cells import Cell
 
@@ -24,20 +24,15 @@ CALLS = (("batch", False, "NCHW"), ("batch", False, "NHWC"), ("batch", True, "NC
          ("batch", True, "NHWC"))
 
 
-class Sizes(ctypes.Structure):
-    """fastnorm_geometry of fastnorm.h."""
-
-    _fields_ = [(axis, ctypes.c_int64) for axis in "bogki"]
-
-
 def workspace(cell):
     """Bytes that the library allocates for a call."""
-    n, c, *spatial = cell.shape
-    first = cell.layout == "NCHW"
-    sizes = Sizes(*geometry.batch((n, c, *spatial) if first else (n, *spatial, c), first))
     size = ctypes.c_size_t()
     library = ctypes.CDLL(fastnorm.get_library())
-    library.fastnorm_workspace_size(ctypes.byref(sizes), 1, ctypes.byref(size))
+    status = library.fastnorm_workspace_size(
+        ctypes.byref(Geometry(*view(cell))), DTYPES["float32"], ctypes.byref(size)
+    )
+    if status:
+        raise SystemExit(f"fastnorm status {status}")
     return size.value
 
 

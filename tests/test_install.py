@@ -197,6 +197,22 @@ def test_batch_norm_is_ahead_in_the_first_epochs():
 
 
 @needs_library
+def test_scripts_of_the_benchmarks():
+    """They know fastnorm.h's structs by heart."""
+    folder = ROOT / "benchmarks"
+    if not folder.exists():
+        pytest.skip("no source here")
+    library = fastnorm.get_library()
+    for only in ("group+silu NCHW 2x1280x8x8", "batch backward NHWC 1x64x8x8", "rms 64x64"):
+        found = run(sys.executable, folder / "compare.py", library, library, "--only", only,
+                    "--seconds", 0.01)
+        assert f"{only} " in found.stdout, found.stderr
+    sizes = "import cost_model as m; print(m.workspace(m.Cell('batch', 0, 'NCHW', (4, 16, 7, 7))))"
+    found = run(sys.executable, "-c", sizes, env=os.environ | {"PYTHONPATH": str(folder)})
+    assert int(found.stdout) > 0, found.stderr
+
+
+@needs_library
 def test_bench(tmp_path, capsys):
     """The table, the JSON and the plot of one cell; a wrong contender is seen."""
     import json
