@@ -531,8 +531,9 @@ cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
 
 
 cdef inline double fold(const double* lanes) noexcept nogil:
-    return (((lanes[0] + lanes[4]) + (lanes[2] + lanes[6]))
-            + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])))
+    cdef eight v
+    memcpy(&v, lanes, sizeof(eight))
+    return fold_eight(&v)
 
 
 cdef inline double sum_about(const double* a, double about, int64_t n) noexcept nogil:

@@ -301,6 +301,7 @@ static inline void widen_lanes(eight *wide, const vec *lanes, int part)
     widen_eight(wide, &narrow);
 }
 
+/* The sum of eight, pairwise. */
 static inline double fold_eight(const eight *v)
 {
     four low, high;

@@ -18,6 +18,7 @@ cdef extern from "words.h" nogil:
     ctypedef float stored
     ctypedef float work
     ctypedef float vec
+    ctypedef double eight
     work widen(stored v)
     work on_grid(work value)
     vec splat(work value)
@@ -35,6 +36,7 @@ cdef extern from "words.h" nogil:
     void stream_end()
     void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
+    double fold_eight(const eight* v)
     double sum_work(const work* a, int64_t n)
     double fold_lanes(const vec* lanes, const double* total)
     void fold_rows(const vec* lanes, int64_t rows, double* sums)
