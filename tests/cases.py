@@ -106,6 +106,7 @@ def large_cases():
         Case("group", (40, 64), 16),
         Case("layer", (300, 96)),
         Case("layer", (70, 1000)),
+        Case("layer", (12, 2080)),
         Case("layer", (2, 70001)),
         Case("rms", (300, 96)),
         Case("rms", (3, 70001)),

@@ -3,17 +3,19 @@
 Sets are numbered in memory order, set = b_index*g + g_index. A set, or a block of neighbouring
 ones, is finished while it is in the second-level cache, so that a forward reads x once and
 writes y once, a backward reads dy and x once and writes dx once. Sets too few and too large
-for that are split into tiles and read twice; sets of short runs are summed as slabs (1.3 to 1.5
-times faster at 7x7 than run by run).
+for that are split into tiles and read twice, as are few and wide rows in a backward with a weight
+for each place (0.5 to 0.75 of the time of rows in parts); sets of short runs are summed as slabs
+(1.3 to 1.5 times faster at 7x7 than run by run).
 
 What lost, measured on one core with AVX-512: the sums of four rows of 768 before the first map (1.2
 times as long), one row summed while another is mapped (0.75 to 0.95 of the time from the last
 cache, but 1.0 to 1.15 times in the second and 1.0 to 2 times streamed), asking for the next row
 early where sets are one run (1.0 to 1.1 times), asking for lines of y while x is summed (1.1 to
-1.15 times), and -funroll-loops (1.2 times in cache). In a backward of rows, the parts of dweight
-merged by all threads (1.1 to 1.3 times). Fused multiply-adds everywhere, which the same bits at
-x86-64-v2 forbid, would change nothing (0.99 to 1.03, in cache and out of it): loads, stores and the
-caches are the bound.
+1.15 times), putting together the lines that two rows share, to stream them whole (0.95 to 1), and
+-funroll-loops (1.2 times in cache). In a backward of rows, the parts of dweight merged by all
+threads (1.1 to 1.3 times). Fused multiply-adds everywhere, which the same bits at x86-64-v2 forbid,
+would change nothing (0.99 to 1.03, in cache and out of it): loads, stores and the caches are the
+bound.
 
 Sums are taken tile by tile and added in the order of the tiles. Tiles depend on the geometry
 alone; which thread takes which never changes a bit.

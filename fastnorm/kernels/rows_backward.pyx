@@ -340,40 +340,63 @@ cdef inline void add_strip(const work* sums, int64_t n, bint first, double* into
         into[j] = <double> sums[j] if first else into[j] + <double> sums[j]
 
 
-cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows, const work* weight,
-                            terms* c) noexcept nogil:
-    """The sums of rows b to b + rows of group g, and what they are mapped with."""
+cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, int64_t k, int64_t n,
+                            terms* c, double* s, double* q) noexcept nogil:
+    """Start the terms of rows b to b + rows of group g; s and q get the sums of gy and gy*(x - hi)
+    over the places [k, k + n) of each."""
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x
     cdef const stored* dy = <const stored*> t.dy
-    cdef double s[ROWS]
-    cdef double q[ROWS]
+    cdef const work* weight = <const work*> t.weight + g * t.k + k
     cdef double sums[2]
     cdef vec lanes_s[ROWS * VECTORS]
     cdef vec lanes_q[ROWS * VECTORS]
-    cdef bint brief = t.k <= FLUSH * LANES
+    cdef bint brief = n <= FLUSH * LANES
     cdef work rstd
     cdef int64_t at, r
     for r in range(rows):
-        at = ((b + r) * t.g + g) * t.k
+        at = ((b + r) * t.g + g) * t.k + k
         start_terms(t, (b + r) * t.g + g, &c[r])
         if t.upstream != NULL:
             rstd = <work> c[r].rstd
-            map_fused(t, at, t.k, &c[r].hi, &rstd, &c[r].offset, False, weight,
-                      <const work*> t.bias + g * t.k)
+            map_fused(t, at, n, &c[r].hi, &rstd, &c[r].offset, False, weight,
+                      <const work*> t.bias + g * t.k + k)
         if brief:
-            sum_short(x + at, dy + at, weight, t.k, c[r].hi, lanes_s + r * VECTORS,
+            sum_short(x + at, dy + at, weight, n, c[r].hi, lanes_s + r * VECTORS,
                       lanes_q + r * VECTORS)
         else:
             sums[0] = sums[1] = 0
-            sum_runs(x + at, dy + at, weight, 1, 0, t.k, c[r].hi, NULL, sums)
+            sum_runs(x + at, dy + at, weight, 1, 0, n, c[r].hi, NULL, sums)
             s[r] = sums[0]
             q[r] = sums[1]
     if brief:
         fold_rows(lanes_s, rows, s)
         fold_rows(lanes_q, rows, q)
+
+
+cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows,
+                            terms* c) noexcept nogil:
+    """The sums of rows b to b + rows of group g, and what they are mapped with."""
+    cdef double s[ROWS]
+    cdef double q[ROWS]
+    cdef int64_t r
+    sum_places(p, b, g, rows, 0, p.task.k, c, s, q)
     for r in range(rows):
-        finish_terms(p, (b + r) * t.g + g, s[r], q[r], &c[r], False)
+        finish_terms(p, (b + r) * p.task.g + g, s[r], q[r], &c[r], False)
+
+
+cdef inline int64_t rows_together(const fn_task* t, bint* stream) noexcept nogil:
+    """Rows mapped together, their sums of dweight in registers; whether they are streamed.
+
+    All of a group (0.75 to 0.9 of the time two by two), but long ones that are streamed two by
+    two, while they are in the first-level cache (all of them 1.05 to 1.15 times as long), or each
+    alone where it starts anywhere in a line."""
+    cdef int64_t lead = until_aligned(<const stored*> t.y)
+    cdef bint lines = lead == 0 and t.k * <int64_t> sizeof(stored) % 64 == 0
+    stream[0] = t.stream and (lines or (t.k >= SHORT_RUN and lead >= 0))
+    if stream[0] and t.k >= SHORT_RUN:
+        return 2 if lines else 1
+    return ROWS
 
 
 cdef inline void leave_row_back(const fn_task* t, int64_t at) noexcept nogil:
@@ -393,22 +416,15 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
     cdef int64_t b = b_tile * t.b // p.b_tiles, end = (b_tile + 1) * t.b // p.b_tiles
     cdef int64_t at, r, rows, count, k, n, done, ahead
     # By the geometry alone: dweight meets a double after this many rows.
-    cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k)), step = ROWS, few
+    cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k)), step, few
     cdef const stored* x = <const stored*> t.x
     cdef const stored* dy = <const stored*> t.dy
     cdef const stored* dsum = <const stored*> t.dsum
     cdef stored* y = <stored*> t.y
     cdef const work* weight = <const work*> t.weight + g * t.k
     cdef double* dweight = p.partial + 2 * b_tile * size + g * t.k
-    cdef bint first = True
-    cdef bint lines = until_aligned(y) == 0 and t.k * <int64_t> sizeof(stored) % 64 == 0
-    cdef bint stream = t.stream and (lines or (t.k >= SHORT_RUN and until_aligned(y) >= 0))
-    # Rows mapped together, their sums of dweight in registers: all of a group (0.75 to 0.9 of the
-    # time two by two), but long ones that are streamed two by two, while they are in the
-    # first-level cache (all of them 1.05 to 1.15 times as long), or each alone where it starts
-    # anywhere in a line.
-    if stream and t.k >= SHORT_RUN:
-        step = 2 if lines else 1
+    cdef bint first = True, stream
+    step = rows_together(t, &stream)
     few = step if t.k <= STRIP else group
     while b < end:
         rows = valid_rows(t, b, minimum(group, end - b))
@@ -420,7 +436,7 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
         done = 0
         while done < rows:
             count = minimum(few, rows - done)
-            find_terms(p, b + done, g, count, weight, c)
+            find_terms(p, b + done, g, count, c)
             k = 0
             while k < t.k:
                 n = minimum(STRIP, t.k - k)
@@ -446,6 +462,87 @@ cdef void backward_elements(void* context, int64_t index) noexcept nogil:
         memset(dweight + size, 0, t.k * sizeof(double))
     if stream:
         stream_end()
+
+
+cdef inline bint wide(const plan* p) noexcept nogil:
+    """Whether rows are too few for parts of b, and so long that they are cut into strips of
+    columns instead: parts of dweight would cross from core to core (0.8 to 1.2 times as long as
+    one thread)."""
+    return (p.task.i == 1 and p.task.g == 1 and p.b_tiles == 1 and p.task.k >= 2 * STRIP
+            and p.task.mask == NULL)
+
+
+cdef inline int64_t strip_width(const fn_task* t) noexcept nogil:
+    """Columns of a strip: whole lines, and as many strips as two or four threads share evenly."""
+    return ceil_div(ceil_div(t.k, 4 * ceil_div(t.k, 4 * STRIP)), LANES) * LANES
+
+
+cdef void sum_strip(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef terms c[ROWS]
+    cdef double s[ROWS]
+    cdef double q[ROWS]
+    cdef int64_t k = index * strip_width(t), b = 0, rows, r
+    cdef double* sums = p.partial + 2 * index * t.b
+    while b < t.b:
+        rows = minimum(ROWS, t.b - b)
+        sum_places(p, b, 0, rows, k, minimum(strip_width(t), t.k - k), c, s, q)
+        for r in range(rows):
+            sums[0] = s[r]
+            sums[1] = q[r]
+            sums += 2
+        b += rows
+
+
+cdef void map_strip(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef const fn_task* t = p.task
+    cdef terms c[ROWS]
+    cdef work sum_w[STRIP + MOST_WIDTH]
+    cdef work sum_b[STRIP + MOST_WIDTH]
+    cdef int64_t width = strip_width(t), k = index * width, n = minimum(width, t.k - k)
+    cdef int64_t b = 0, at, rows, r, step, _strip
+    cdef const stored* x = <const stored*> t.x
+    cdef const stored* dy = <const stored*> t.dy
+    cdef const stored* dsum = <const stored*> t.dsum
+    cdef stored* y = <stored*> t.y
+    cdef double* sums
+    cdef double gy, gyd
+    cdef bint stream
+    step = rows_together(t, &stream)
+    while b < t.b:
+        rows = minimum(ROWS, t.b - b)
+        for r in range(rows):
+            gy = gyd = 0
+            sums = p.partial + 2 * (b + r)
+            for _strip in range(ceil_div(t.k, width)):
+                gy += sums[0]
+                gyd += sums[1]
+                sums += 2 * t.b
+            start_terms(t, b + r, &c[r])
+            finish_terms(p, b + r, gy, gyd, &c[r], False)
+        memset(sum_w, 0, (n + MOST_WIDTH) * sizeof(work))
+        memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
+        r = 0
+        while r < rows:
+            at = (b + r) * t.k + k
+            backward_rows(x + at, dy + at, past(dsum, at), y + at, t.k, minimum(step, rows - r), n,
+                          <const work*> t.weight + k, c + r, sum_w, sum_b, stream, 0)
+            r += step
+        add_strip(sum_w, n, b == 0, t.dweight + k)
+        add_strip(sum_b, n, b == 0, t.dbias + k)
+        b += rows
+    if stream:
+        stream_end()
+
+
+cdef void backward_wide(plan* p) noexcept nogil:
+    """A thread's strips stay in its cache from the sums to the map, and only the sums of rows
+    cross."""
+    cdef int64_t strips = ceil_div(p.task.k, strip_width(p.task))
+    fn_parallel_for(p.task, strips, sum_strip, p, False)
+    fn_parallel_for(p.task, strips, map_strip, p, True)
 
 
 cdef inline void unit_bounds(const plan* p, int64_t index, int64_t* set_, int64_t* k0, int64_t* k1,
@@ -524,6 +621,9 @@ cdef public void rows_backward(const fn_task* task) noexcept nogil:
         own.upstream = own.dy
         own.dy = own.y
     p.blocks = ceil_div(t.g, p.block)
+    if wide(&p):
+        backward_wide(&p)
+        return
     for j in range(size):
         t.dweight[j] = t.dbias[j] = 0
     if t.i > 1 and few_and_large(&p):
