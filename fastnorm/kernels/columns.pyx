@@ -1,63 +1,10 @@
-"""The columns loop order: i == 1 and o > 1, so that neighbouring values belong to neighbouring
-channels, and sums run down the columns of an (o, g*k) matrix, one for each b.
+"""The columns loop order: sums, the map and the units of work; see columns.pxd."""
 
-Few columns would leave vectors empty. The matrix (o, c) is therefore read as (o/r, r*c), with
-r*c a multiple of the vector; the r copies of a column are merged when its sums are finished.
-What o/r leaves over is one more, shorter row. Rows that a mask leaves out are passed over; where
-only some of the r rows in one count, a copy is summed that has in the others' place what adds
-nothing.
-
-A slice of b is done in three steps: sums of each tile of rows, statistics and coefficients of
-each column, and the map, last tile first, so that the end of the sums' read is still in cache.
-Slices that fit the second-level cache take all steps in one unit of work. A larger x is read
-twice and y written once, but for what of x the last-level cache still holds.
-
-What lost: one row after the other, sums in the first-level cache (1.2 to 1.3 times as long in a
-forward, 0.9 to 1.2 in a backward); all rows of 64 columns before the next 64 (1.1 to 1.2 times as
-long at 256 and 1024 channels, two threads); coefficients read again, and plain stores, for every
-row of 64 columns (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5
-times with streaming, the same in cache); all steps of a strip of columns that fits the second-level
-cache (1.1 to 1.5 times); two to sixteen rows of a few vectors mapped together, coefficients in
-registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed).
-
-Tiles depend on the geometry alone and are merged in their order: the bits never depend on
-threads.
-"""
-
-from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.down cimport *
 from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
-
-cdef enum:
-    NARROW = 16  # the width of few columns becomes a multiple of this
-    WIDE = 64  # and at least this
-    MAX_TILES = 32
-    TILE = 65536  # values in a tile, about, at least
-    STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
-    MOST_COPIES = 64
-    FOLDED = 4096  # more values than a row of several copies has
-    TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
-
-
-cdef struct plan:
-    const fn_task* task
-    int64_t channels
-    int64_t copies  # r
-    int64_t width  # r*channels
-    int64_t rows  # of width values
-    int64_t rest  # values left over
-    int64_t tile_rows
-    int64_t tiles
-    int64_t b0  # the slices [b0, b0 + batch) are under way
-    int64_t batch
-    int64_t padded  # width, in whole vectors
-    int64_t step  # rows summed before the next columns are
-    int64_t strip  # columns that are started and finished by one thread
-    int64_t tile_slot  # bytes of scratch for a tile
-    int64_t slot  # and for a slice
 
 
 cdef void cut(plan* p, const fn_task* t) noexcept nogil:
@@ -92,58 +39,6 @@ cdef public size_t columns_scratch(const fn_task* t) noexcept nogil:
     cdef plan p
     cut(&p, t)
     return p.batch * p.slot
-
-
-cdef inline double* sums_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
-    """[2][width] of a tile. Those of tile 0 hold the merged sums afterwards."""
-    return <double*> (<char*> p.task.scratch + (b - p.b0) * p.slot + tile * p.tile_slot)
-
-
-cdef inline work* lanes_of(const plan* p, int64_t b, int64_t tile) noexcept nogil:
-    """[2][padded]: what a tile has summed since it last met a double."""
-    return <work*> (sums_of(p, b, tile) + 2 * p.width)
-
-
-cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
-    """[6][padded]: about or hi, scale, shift, dscale, and scale and shift of a gate."""
-    return <work*> sums_of(p, b, p.tiles)
-
-
-cdef inline const work* gate_of(const plan* p, int64_t b) noexcept nogil:
-    return coefficients_of(p, b) + 4 * p.padded if p.task.gated else NULL
-
-
-cdef inline int64_t* counts_of(const plan* p, int64_t b) noexcept nogil:
-    """[copies]: rows that a mask lets count."""
-    return <int64_t*> (<char*> p.task.scratch + (b - p.b0 + 1) * p.slot) - MOST_COPIES
-
-
-cdef inline int64_t count_of(const plan* p, int64_t b, int64_t column) noexcept nogil:
-    if p.task.mask == NULL:
-        return p.rows + (1 if column < p.rest else 0)
-    return p.task.counts[b] if p.copies == 1 else counts_of(p, b)[column // p.channels]
-
-
-cdef inline const uint8_t* mask_of(const plan* p, int64_t b, int64_t row) noexcept nogil:
-    """Of the copies in a row."""
-    return p.task.mask + b * p.task.o + row * p.copies
-
-
-cdef inline bint left_out(const plan* p, int64_t b, int64_t row, int64_t column) noexcept nogil:
-    return p.task.mask != NULL and not mask_of(p, b, row)[column // p.channels]
-
-
-cdef void count_copies(const plan* p, int64_t b) noexcept nogil:
-    cdef int64_t* counts = counts_of(p, b)
-    cdef int64_t _row, j, copies = p.copies, rest = p.rest // p.channels
-    cdef const uint8_t* mask = mask_of(p, b, 0)
-    memset(counts, 0, MOST_COPIES * sizeof(int64_t))
-    for _row in range(p.rows):
-        for j in range(copies):
-            counts[j] += mask[j] != 0
-        mask += copies
-    for j in range(rest):
-        counts[j] += mask[j] != 0
 
 
 # ---- sums --------------------------------------------------------------------------------
@@ -234,19 +129,6 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
             sum_gaps(p, b, stop, p.rest // p.channels, about, s, q)
         flush_columns(p.rest, s, total)
         flush_columns(p.rest, q, total + p.width)
-
-
-cdef void merge_tiles(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    """Into the sums of tile 0."""
-    cdef double* into = sums_of(p, b, 0)
-    cdef const double* part
-    cdef int64_t tile, c
-    for tile in range(1, p.tiles):
-        part = sums_of(p, b, tile)
-        for c in range(c0, c1):
-            into[c] = into[c] + part[c]
-        for c in range(p.width + c0, p.width + c1):
-            into[c] = into[c] + part[c]
 
 
 # ---- the map -----------------------------------------------------------------------------
@@ -394,288 +276,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         stream_end()
 
 
-# ---- forward -----------------------------------------------------------------------------
-
-
-cdef void sample_valid_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    """sample_columns of what counts: from rows of one copy, for all copies."""
-    cdef const fn_task* t = p.task
-    cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
-    cdef const uint8_t* mask = t.mask + b * t.o
-    cdef work* about = coefficients_of(p, b)
-    cdef int64_t first = 0, row, c, j, last = minimum(p.channels, c1)
-    cdef double near, total
-    if p.copies > 1:
-        count_copies(p, b)
-    while first < t.o - 1 and not mask[first]:
-        first += 1
-    for c in range(c0, last):
-        near = <double> widen(x[first * p.channels + c])
-        total = 0
-        for j in range(1, SAMPLES):
-            row = j * t.o // SAMPLES
-            if mask[row]:
-                total += <double> widen(x[row * p.channels + c]) - near
-        near += total * (1.0 / SAMPLES)
-        about[c] = on_grid(<work> near) if t.has_mean and fabs(near) < 1e37 else <work> 0
-    for j in range(1, p.copies):
-        memcpy(about + j * p.channels, about, p.channels * sizeof(work))
-
-
-cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    """about = a value near each column's mean, exactly the constant for a constant column."""
-    cdef const fn_task* t = p.task
-    cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
-    cdef work* about = coefficients_of(p, b)
-    cdef const stored* sampled
-    cdef int64_t c, j, count = minimum(p.rows, minimum(2 * SAMPLES, maximum(4, p.rows // 8)))
-    cdef work inverse = <work> (1.0 / <double> count)
-    if t.mask != NULL:
-        sample_valid_columns(p, b, c0, c1)
-        return
-    for c in range(c0, c1):
-        about[c] = 0
-    if not t.has_mean:
-        return
-    for j in range(1, count):
-        sampled = x + j * p.rows // count * p.width
-        for c in range(c0, c1):
-            about[c] = about[c] + (widen(sampled[c]) - widen(x[c]))
-    for c in range(c0, c1):
-        about[c] = widen(x[c]) + about[c] * inverse
-        about[c] = on_grid(about[c]) if fabs(<double> about[c]) < 1e37 else <work> 0
-
-
-cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
-                       double* sums) noexcept nogil:
-    """Sums down one column in double."""
-    cdef const fn_task* t = p.task
-    cdef const stored* x = <const stored*> t.x + b * t.o * p.channels + column
-    cdef int64_t row
-    cdef double d
-    sums[0] = sums[1] = 0
-    for row in range(p.rows + (1 if column < p.rest else 0)):
-        if left_out(p, b, row, column):
-            continue
-        d = <double> widen(x[row * p.width]) - about
-        sums[0] += d
-        sums[1] += d * d
-
-
-cdef void exact_moments(const plan* p, int64_t b, int64_t c, double count, double* sums,
-                        double* squares) noexcept nogil:
-    """The mean of a column and its sum of squares about it, in double: two more reads of it."""
-    cdef double again[2]
-    cdef double mean = 0
-    if p.task.has_mean:
-        exact_column(p, b, c, coefficients_of(p, b)[c], again)
-        mean = coefficients_of(p, b)[c] + again[0] / count
-    exact_column(p, b, c, mean, again)
-    if not p.task.has_mean:
-        again[0] = 0
-    sums[0] = mean + again[0] / count
-    squares[0] = again[1] - again[0] * again[0] / count
-
-
-cdef inline void equal_moments(const plan* p, int64_t b, int64_t c0, int64_t c1,
-                               int64_t rows) noexcept nogil:
-    """column_moments of columns with as many rows: loops of vectors where no column cancels."""
-    cdef const work* about = coefficients_of(p, b)
-    cdef double* s = sums_of(p, b, 0)
-    cdef double* q = s + p.width
-    cdef double count = <double> rows, inverse = 1.0 / count, mean
-    cdef int64_t c, again = 0
-    for c in range(c0, c1):
-        again += cancels(s[c], q[c], count)
-    if again == 0:
-        for c in range(c0, c1):
-            mean = s[c] * inverse
-            s[c] = about[c] + mean
-            q[c] = q[c] - mean * mean * count
-        return
-    for c in range(c0, c1):
-        if cancels(s[c], q[c], count):
-            exact_moments(p, b, c, count, s + c, q + c)
-        else:
-            mean = s[c] * inverse
-            s[c] = about[c] + mean
-            q[c] = q[c] - mean * mean * count
-
-
-cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    """Turn the merged sums of each column into its mean and its sum of squares about it."""
-    cdef const work* about = coefficients_of(p, b)
-    cdef double* s = sums_of(p, b, 0)
-    cdef double* q = s + p.width
-    cdef double count, mean
-    cdef int64_t c, longer = minimum(c1, maximum(c0, p.rest))
-    if not p.task.has_mean:
-        memset(s + c0, 0, (c1 - c0) * sizeof(double))
-    if p.task.mask == NULL:
-        equal_moments(p, b, c0, longer, p.rows + 1)
-        equal_moments(p, b, longer, c1, p.rows)
-        return
-    for c in range(c0, c1):
-        count = <double> count_of(p, b, c)
-        if count == 0:
-            s[c] = q[c] = 0
-        elif cancels(s[c], q[c], count):
-            exact_moments(p, b, c, count, s + c, q + c)
-        else:
-            mean = s[c] / count
-            s[c] = about[c] + mean
-            q[c] = q[c] - mean * mean * count
-
-
-# Sums over the columns of a group: in eight lanes, since one sum would wait for each addition.
-
-
-cdef inline double fold(const double* lanes) noexcept nogil:
-    cdef eight v
-    memcpy(&v, lanes, sizeof(eight))
-    return fold_eight(&v)
-
-
-cdef inline double sum_about(const double* a, double about, int64_t n) noexcept nogil:
-    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
-    cdef int64_t c = 0, j
-    while c + 8 <= n:
-        for j in range(8):
-            lanes[j] = lanes[j] + (a[c + j] - about)
-        c += 8
-    for j in range(n - c):
-        lanes[j] = lanes[j] + (a[c + j] - about)
-    return fold(lanes)
-
-
-cdef inline double sum_squares_about(const double* a, const double* squares, double about,
-                                     double count, int64_t n) noexcept nogil:
-    """The sum of squares + (a - about)^2*count."""
-    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
-    cdef int64_t c = 0, j
-    cdef double d
-    while c + 8 <= n:
-        for j in range(8):
-            d = a[c + j] - about
-            lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
-        c += 8
-    for j in range(n - c):
-        d = a[c + j] - about
-        lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
-    return fold(lanes)
-
-
-cdef inline double sum_weighted(const double* a, const work* weight, int64_t n) noexcept nogil:
-    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
-    cdef int64_t c = 0, j
-    while c + 8 <= n:
-        for j in range(8):
-            lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
-        c += 8
-    for j in range(n - c):
-        lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
-    return fold(lanes)
-
-
-cdef void merge_columns(const plan* p, int64_t b) noexcept nogil:
-    """Chan's merge: the moments of each column become those of each group, g in place g, where
-    only columns of the groups before it were."""
-    cdef const fn_task* t = p.task
-    cdef double* means = sums_of(p, b, 0)
-    cdef double* squares = means + p.width
-    cdef double first, mean, m2, count = values_of(t, b)
-    cdef int64_t g, c, r
-    for g in range(t.g):
-        first = means[g * t.k]
-        mean = m2 = 0
-        for r in range(p.copies):
-            c = r * p.channels + g * t.k
-            mean += sum_about(means + c, first, t.k) * <double> count_of(p, b, c)
-        mean = first + mean / count if count > 0 else 0
-        for r in range(p.copies):
-            c = r * p.channels + g * t.k
-            m2 += sum_squares_about(means + c, squares + c, mean, <double> count_of(p, b, c), t.k)
-        means[g] = mean
-        squares[g] = m2
-
-
-cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1) noexcept nogil:
-    """Statistics of the groups [g0, g1) out, coefficients of their columns in.
-
-    Whole loops over arrays, so that the divisions and roots are vectors'."""
-    cdef const fn_task* t = p.task
-    cdef double* means = sums_of(p, b, 0)
-    cdef double* rstds = means + p.width
-    cdef const work* weight = <const work*> t.weight
-    cdef const work* bias = <const work*> t.bias
-    cdef work* hi = coefficients_of(p, b)
-    cdef work* scale = hi + p.padded
-    cdef work* shift = scale + p.padded
-    cdef double values = values_of(t, b), eps = t.eps, scaled
-    cdef double inverse = 1.0 / values if values > 0 else 0
-    cdef int64_t g, c, r, at = b * t.g
-    if not t.given:
-        if t.mean != NULL:
-            memcpy(t.mean + at + g0, means + g0, (g1 - g0) * sizeof(double))
-        for g in range(g0, g1):
-            rstds[g] = rstds[g] * inverse
-        if t.var != NULL:
-            memcpy(t.var + at + g0, rstds + g0, (g1 - g0) * sizeof(double))
-    for g in range(g0, g1):
-        rstds[g] = 1.0 / sqrt(rstds[g] + eps)
-    if values == 0 and not t.given:
-        memset(rstds + g0, 0, (g1 - g0) * sizeof(double))
-    if not t.given and t.rstd != NULL:
-        memcpy(t.rstd + at + g0, rstds + g0, (g1 - g0) * sizeof(double))
-    if t.k == 1:
-        for c in range(g0, g1):
-            scaled = rstds[c] * <double> weight[c]
-            hi[c] = <work> means[c]
-            scale[c] = <work> scaled
-            shift[c] = <work> (<double> bias[c] - (means[c] - <double> hi[c]) * scaled)
-    else:
-        for g in range(g0, g1):
-            for c in range(g * t.k, (g + 1) * t.k):
-                scaled = rstds[g] * <double> weight[c]
-                hi[c] = <work> means[g]
-                scale[c] = <work> scaled
-                shift[c] = <work> (<double> bias[c] - (means[g] - <double> hi[c]) * scaled)
-    for r in range(1, p.copies):
-        for c in range(3):
-            memcpy(hi + c * p.padded + r * p.channels, hi + c * p.padded,
-                   p.channels * sizeof(work))
-
-
-cdef void finish_forward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    cdef const fn_task* t = p.task
-    cdef double* means = sums_of(p, b, 0)
-    if t.given:
-        memcpy(means, t.mean, t.g * sizeof(double))
-        memcpy(means + p.width, t.var, t.g * sizeof(double))
-    else:
-        merge_tiles(p, b, c0, c1)
-        column_moments(p, b, c0, c1)
-        if t.k > 1 or p.copies > 1:
-            merge_columns(p, b)
-    # Strips cut columns that are groups.
-    forward_coefficients(p, b, c0, minimum(t.g, c1))
-
-
-# ---- units of work -------------------------------------------------------------------------
-
-
-cdef void start_strip(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    if p.task.dy == NULL:
-        sample_columns(p, b, c0, c1)
-    else:
-        start_backward(p, b, c0, c1)
-
-
-cdef void finish_strip(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    if p.task.dy == NULL:
-        finish_forward(p, b, c0, c1)
-    else:
-        finish_backward(p, b, c0, c1)
+# ---- units of work -----------------------------------------------------------------------
 
 
 cdef inline void strip_bounds(const plan* p, int64_t index, int64_t* b, int64_t* c0,
@@ -689,7 +290,7 @@ cdef inline void strip_bounds(const plan* p, int64_t index, int64_t* b, int64_t*
 cdef void unit_start(void* context, int64_t index) noexcept nogil:
     cdef int64_t b, c0, c1
     strip_bounds(<const plan*> context, index, &b, &c0, &c1)
-    start_strip(<const plan*> context, b, c0, c1)
+    start_columns(<const plan*> context, b, c0, c1)
 
 
 cdef void unit_sums(void* context, int64_t index) noexcept nogil:
@@ -700,7 +301,7 @@ cdef void unit_sums(void* context, int64_t index) noexcept nogil:
 cdef void unit_finish(void* context, int64_t index) noexcept nogil:
     cdef int64_t b, c0, c1
     strip_bounds(<const plan*> context, index, &b, &c0, &c1)
-    finish_strip(<const plan*> context, b, c0, c1)
+    finish_columns(<const plan*> context, b, c0, c1)
 
 
 cdef void unit_map(void* context, int64_t index) noexcept nogil:
@@ -711,10 +312,10 @@ cdef void unit_map(void* context, int64_t index) noexcept nogil:
 cdef void unit_whole(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef int64_t b = p.b0 + index, tile
-    start_strip(p, b, 0, p.width)
+    start_columns(p, b, 0, p.width)
     for tile in range(p.tiles):
         sum_tile(p, b, tile)
-    finish_strip(p, b, 0, p.width)
+    finish_columns(p, b, 0, p.width)
     for tile in range(p.tiles - 1, -1, -1):
         map_tile(p, b, tile)
 
@@ -725,7 +326,7 @@ cdef void run_batch(plan* p) noexcept nogil:
     cdef int64_t bytes = t.o * p.channels * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
     cdef int64_t strips = p.batch * ceil_div(p.width, p.strip)
     if t.given and t.dy == NULL:
-        finish_forward(p, p.b0, 0, p.width)
+        finish_columns(p, p.b0, 0, p.width)
         fn_parallel_for(t, p.tiles, unit_map, p, True)
     elif p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
         fn_parallel_for(t, p.batch, unit_whole, p, False)
@@ -744,93 +345,6 @@ cdef public void columns_forward(const fn_task* t) noexcept nogil:
         p.batch = minimum(p.batch, t.b - p.b0)
         run_batch(&p)
         p.b0 += p.batch
-
-
-# ---- backward ----------------------------------------------------------------------------
-
-
-cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    cdef const fn_task* t = p.task
-    cdef work* hi = coefficients_of(p, b)
-    cdef work* z
-    cdef const double* mean = t.mean + b * t.g
-    cdef int64_t c, channel, g, r
-    cdef double scale, lo
-    if not t.has_mean:
-        memset(hi + c0, 0, (c1 - c0) * sizeof(work))
-    elif t.k == 1:
-        for c in range(c0, minimum(t.g, c1)):
-            hi[c] = <work> mean[c]
-    else:
-        for g in range(t.g):
-            for c in range(g * t.k, (g + 1) * t.k):
-                hi[c] = <work> mean[g]
-    for r in range(1, p.copies):
-        memcpy(hi + r * p.channels, hi, p.channels * sizeof(work))
-    if t.upstream == NULL and not t.gated:
-        return
-    # A forward's coefficients, from what it found: those of the gate, or in the places that
-    # finish_backward fills.
-    z = hi + 4 * p.padded if t.gated else hi + p.padded
-    for c in range(c0, c1):
-        channel = c % p.channels
-        g = b * t.g + channel // t.k
-        scale = t.rstd[g] * <double> (<const work*> t.weight)[channel]
-        lo = t.mean[g] - <double> hi[c] if t.has_mean else 0
-        z[c] = <work> scale
-        z[p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
-
-
-cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
-    """Merged sums of each channel, the means over each group, and the coefficients of
-
-        dx = dy*rstd*weight + (x - hi)*scale + shift.
-
-    The sums of tile 0 become this slice's terms of dbias and dweight."""
-    cdef const fn_task* t = p.task
-    cdef const work* weight = <const work*> t.weight
-    cdef double* s = sums_of(p, b, 0)
-    cdef double* q = s + p.width
-    cdef work* hi = coefficients_of(p, b)
-    cdef double mean, lo, rstd, m1, m2, count = values_of(t, b)
-    cdef double inverse = 1.0 / count if count > 0 and not t.given else 0
-    cdef double about_mean = inverse if t.has_mean else 0
-    cdef const double* means = t.mean + b * t.g
-    cdef const double* rstds = t.rstd + b * t.g
-    cdef int64_t g, c, r
-    merge_tiles(p, b, c0, c1)
-    for r in range(1, p.copies):
-        for c in range(p.channels):
-            s[c] += s[r * p.channels + c]
-            q[c] += q[r * p.channels + c]
-    if t.k == 1 and t.has_mean:  # in whole loops, those of vectors
-        for c in range(c0, minimum(t.g, c1)):
-            q[c] = rstds[c] * (q[c] - (means[c] - <double> hi[c]) * s[c])
-        for c in range(c0, minimum(t.g, c1)):
-            rstd = rstds[c]
-            m1 = <double> weight[c] * s[c] * about_mean
-            m2 = <double> weight[c] * q[c] * inverse
-            hi[p.padded + c] = <work> (-rstd * rstd * m2)
-            hi[2 * p.padded + c] = <work> (
-                rstd * (rstd * m2 * (means[c] - <double> hi[c]) - m1))
-            hi[3 * p.padded + c] = <work> (rstd * <double> weight[c])
-        c1 = c0
-    for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
-        mean = means[g] if t.has_mean else 0
-        rstd = rstds[g]
-        lo = mean - <double> (<work> mean)
-        for c in range(g * t.k, (g + 1) * t.k):
-            q[c] = rstd * (q[c] - lo * s[c])
-        m1 = sum_weighted(s + g * t.k, weight + g * t.k, t.k) * about_mean
-        m2 = sum_weighted(q + g * t.k, weight + g * t.k, t.k) * inverse
-        for c in range(g * t.k, (g + 1) * t.k):
-            hi[p.padded + c] = <work> (-rstd * rstd * m2)
-            hi[2 * p.padded + c] = <work> (rstd * (rstd * m2 * lo - m1))
-            hi[3 * p.padded + c] = <work> (rstd * <double> weight[c])
-    for r in range(1, p.copies):
-        for c in range(1, 4):
-            memcpy(hi + c * p.padded + r * p.channels, hi + c * p.padded,
-                   p.channels * sizeof(work))
 
 
 cdef public void columns_backward(const fn_task* t) noexcept nogil:

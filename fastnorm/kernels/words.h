@@ -252,8 +252,13 @@ static inline void stream_two(stored *y, vec a, vec b)
     stream(y + WIDTH, b);
 }
 
-/* Ask for a line that is needed soon, in the second-level cache. Any address may be asked for. */
-static inline void fetch(const stored *x) { __builtin_prefetch(x, 0, 2); }
+/* Ask for a line that is needed soon, in the second-level cache. Any address may be asked for.
+ * (Inlined at once: gcc takes a function that only prefetches for one without effect, and where it
+ * finds that out before inlining, it drops the calls.) */
+static inline __attribute__((always_inline)) void fetch(const stored *x)
+{
+    __builtin_prefetch(x, 0, 2);
+}
 
 /* Streamed stores of this thread are seen by the others after this. */
 static inline void stream_end(void)
@@ -398,6 +403,8 @@ static inline int64_t until_aligned(const stored *y)
 #define columns_forward FN_PASTE(columns_forward, FN_DTYPE, FN_LEVEL)
 #define columns_backward FN_PASTE(columns_backward, FN_DTYPE, FN_LEVEL)
 #define columns_scratch FN_PASTE(columns_scratch, FN_DTYPE, FN_LEVEL)
+#define start_columns FN_PASTE(start_columns, FN_DTYPE, FN_LEVEL)
+#define finish_columns FN_PASTE(finish_columns, FN_DTYPE, FN_LEVEL)
 #define across_forward FN_PASTE(across_forward, FN_DTYPE, FN_LEVEL)
 #define across_backward FN_PASTE(across_backward, FN_DTYPE, FN_LEVEL)
 #define across_scratch FN_PASTE(across_scratch, FN_DTYPE, FN_LEVEL)
@@ -412,6 +419,10 @@ static inline int64_t until_aligned(const stored *y)
 void map_fused(const fn_task *task, int64_t at, int64_t n, const work *hi, const work *scale,
                const work *shift, int each, const work *weight, const work *bias);
 void add_terms(const fn_task *task, int64_t at, int64_t n);
+
+/* columns_statistics.pyx */
+void start_columns(const void *context, int64_t b, int64_t c0, int64_t c1);
+void finish_columns(const void *context, int64_t b, int64_t c0, int64_t c1);
 
 /* masks.pyx */
 void sum_valid(const fn_task *task, int64_t at, int64_t n, work about, double *sums);

@@ -80,6 +80,10 @@ cdef extern from "words.h" nogil:
                    const work* shift, bint each, const work* weight, const work* bias)
     void add_terms(const fn_task* task, int64_t at, int64_t n)
 
+    # Of columns_statistics.pyx.
+    void start_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
+    void finish_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
+
     # Of masks.pyx.
     void sum_valid(const fn_task* task, int64_t at, int64_t n, work about, double* sums)
     void sum_valid_exact(const fn_task* task, int64_t at, int64_t n, double about, double* sums)
