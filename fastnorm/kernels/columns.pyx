@@ -107,7 +107,7 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         if whole > 0:
             sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about,
                      gate, past_weight(gate, p.padded), s, q,
-                     count * p.width if p.step == STEP else 0)
+                     count * p.width if t.far and p.step == STEP else 0)
         elif p.copies > 1:
             sum_gaps(p, b, row, p.copies, about, s, q)
         row += count

@@ -192,15 +192,10 @@ cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
 cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int64_t sets, slab* w,
                            double* sums) noexcept nogil:
     """sums[set] = as in sum_runs, about w.hi."""
-    cdef int64_t row = 0, stop, count, s, ahead = p.stride
-    cdef int64_t bytes = p.sets * p.task.o * p.n * <int64_t> sizeof(stored)
+    cdef int64_t row = 0, stop, count, s
     cdef const work* gate_scale = NULL
     if p.task.gated:
         gate_scale = w.gate_scale
-    # In the threads' own caches it costs more than it brings (0.95 to 0.97 without; out of them 1.01
-    # to 1.13).
-    if bytes * (1 if dy == NULL else 2) <= p.task.l2 * p.task.threads:
-        ahead = 0
     memset(sums, 0, 2 * sets * sizeof(double))
     while row < p.task.o:
         memset(w.s, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
@@ -209,7 +204,8 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
         while row < stop:
             count = minimum(STEP, stop - row)
             sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n,
-                     w.hi, gate_scale, w.gate_shift, w.s, w.q, count * ahead)
+                     w.hi, gate_scale, w.gate_shift, w.s, w.q,
+                     count * p.stride if p.task.far else 0)
             row += count
         for s in range(sets):
             sums[2 * s] += sum_work(w.s + s * p.n, p.n)

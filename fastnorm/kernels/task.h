@@ -13,6 +13,7 @@ typedef struct fn_task {
     int given;             /* statistics are constants: read mean and var, or mean and rstd */
     int fused;             /* a forward maps by map_fused: an activation, a residual or a mask */
     int stream;            /* outputs pass the caches by */
+    int far;               /* what sums read comes from the last level or memory */
     const void *x;
     const void *dy; /* NULL in a forward */
     void *y;        /* dx in a backward */

@@ -50,7 +50,7 @@ cdef extern from "words.h" nogil:
 
     ctypedef struct fn_task:
         int64_t b, o, g, k, i, s
-        int has_mean, given, fused, stream
+        int has_mean, given, fused, stream, far
         const void* x
         const void* dy
         void* y
