@@ -403,6 +403,7 @@ static inline int64_t until_aligned(const stored *y)
 #define columns_forward FN_PASTE(columns_forward, FN_DTYPE, FN_LEVEL)
 #define columns_backward FN_PASTE(columns_backward, FN_DTYPE, FN_LEVEL)
 #define columns_scratch FN_PASTE(columns_scratch, FN_DTYPE, FN_LEVEL)
+#define elements_backward FN_PASTE(elements_backward, FN_DTYPE, FN_LEVEL)
 #define start_columns FN_PASTE(start_columns, FN_DTYPE, FN_LEVEL)
 #define finish_columns FN_PASTE(finish_columns, FN_DTYPE, FN_LEVEL)
 #define across_forward FN_PASTE(across_forward, FN_DTYPE, FN_LEVEL)
@@ -419,6 +420,9 @@ static inline int64_t until_aligned(const stored *y)
 void map_fused(const fn_task *task, int64_t at, int64_t n, const work *hi, const work *scale,
                const work *shift, int each, const work *weight, const work *bias);
 void add_terms(const fn_task *task, int64_t at, int64_t n);
+
+/* elements_backward.pyx */
+void elements_backward(void *context);
 
 /* columns_statistics.pyx */
 void start_columns(const void *context, int64_t b, int64_t c0, int64_t c1);

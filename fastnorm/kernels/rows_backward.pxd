@@ -1,0 +1,53 @@
+"""What the two files of the rows loop order backward share: the terms that a set is mapped with."""
+
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from fastnorm.kernels.rows cimport *
+from fastnorm.kernels.words cimport *
+
+
+cdef struct terms:
+    # dx = dy*rstd*weight + (x - hi)*scale + shift;  xhat = (x - hi)*rstd - lo*rstd
+    work hi
+    work scale
+    work shift
+    work offset  # -lo*rstd
+    double lo
+    double rstd
+
+
+cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept nogil:
+    cdef double mean = t.mean[set_] if t.has_mean else 0
+    c.hi = <work> mean
+    c.lo = mean - <double> c.hi
+    c.rstd = t.rstd[set_]
+    c.offset = <work> (-c.lo * c.rstd)
+
+
+cdef inline void finish_terms(const plan* p, int64_t set_, double gy, double gyd, terms* c,
+                              bint masked) noexcept nogil:
+    """From the sums over the set of gy and of gy*(x - hi)."""
+    cdef const fn_task* t = p.task
+    cdef double inverse = p.inverse, count, m1, m2
+    if masked:
+        count = values_of(t, set_ // t.g)
+        inverse = 1.0 / count if count > 0 else 0
+    m1 = gy * inverse if t.has_mean else 0
+    m2 = c.rstd * (gyd - c.lo * gy) * inverse
+    if t.given or (masked and inverse == 0):
+        m1 = m2 = 0
+    c.scale = <work> (-c.rstd * c.rstd * m2)
+    c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
+
+
+cdef inline void merge_parts(const plan* p) noexcept nogil:
+    """dweight and dbias from what parts of b have summed, in their order."""
+    cdef const fn_task* t = p.task
+    cdef int64_t size = t.g * t.k, part, j
+    memset(t.dweight, 0, size * sizeof(double))
+    memset(t.dbias, 0, size * sizeof(double))
+    for part in range(p.b_tiles):
+        for j in range(size):
+            t.dweight[j] += p.partial[2 * part * size + j]
+            t.dbias[j] += p.partial[(2 * part + 1) * size + j]
