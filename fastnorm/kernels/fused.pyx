@@ -24,6 +24,7 @@ cdef extern from "activation.h" nogil:
         TOGETHER
         FASTNORM_NO_ACTIVATION
         FASTNORM_RELU
+        FASTNORM_SILU
     void activate(vec* z, int kind, work slope)
     void deactivate(vec* z, const vec* dy, int kind, work slope)
 
@@ -62,12 +63,12 @@ cdef inline vec affine(
 cdef inline int64_t map_step(
     const fn_task* t, int64_t at, int64_t p, int64_t n, const work* hi, const work* scale,
     const work* shift, bint each, const work* weight, const work* bias, bint residual, int kind,
-    bint streaming, bint whole
+    bint backward, bint streaming, bint whole
 ) noexcept nogil:
     """Places [p, n), at most TOGETHER vectors, which are `whole` and then may be streamed. All are
     loaded before the first is stored, as in map_places. Returns where the next step begins."""
     cdef const stored* dy = past(<const stored*> t.upstream, at + p)
-    cdef stored* y = (<stored*> t.y if dy == NULL else <stored*> t.dy) + at + p
+    cdef stored* y = <stored*> (t.dy if backward else t.y) + at + p
     cdef vec z[TOGETHER]
     cdef vec u[TOGETHER]
     cdef int64_t count
@@ -77,14 +78,14 @@ cdef inline int64_t map_step(
         if count > 0:
             z[v] = affine(t, at, p + v * WIDTH, count, hi, scale, shift, each, weight, bias,
                           residual)
-            if dy != NULL:
+            if backward:
                 u[v] = load(dy + v * WIDTH) if whole else load_part(dy + v * WIDTH, count, 0)
         else:
             z[v] = u[v] = splat(0)
-    if dy == NULL:
-        activate(z, kind, <work> t.slope)
-    else:
+    if backward:
         deactivate(z, u, kind, <work> t.slope)
+    else:
+        activate(z, kind, <work> t.slope)
     if whole:
         put_all(y, z, streaming, TOGETHER)
     else:
@@ -98,17 +99,17 @@ cdef inline int64_t map_step(
 cdef inline void map_with(
     const fn_task* t, int64_t at, int64_t n, const work* hi, const work* scale,
     const work* shift, bint each, const work* weight, const work* bias, bint residual, int kind,
-    bint streaming
+    bint backward, bint streaming
 ) noexcept nogil:
     cdef int64_t p = 0, whole = head(<const stored*> t.y + at, n, &streaming)
     while p < n:
         # Up to the first line of y that is streamed, or the last places.
         while p < whole:
             p = map_step(t, at, p, whole, hi, scale, shift, each, weight, bias, residual, kind,
-                         False, False)
+                         backward, False, False)
         while p + TOGETHER * WIDTH <= n:
             p = map_step(t, at, p, n, hi, scale, shift, each, weight, bias, residual, kind,
-                         streaming, True)
+                         backward, streaming, True)
         whole = n
 
 
@@ -116,22 +117,30 @@ cdef void map_all(
     const fn_task* t, int64_t at, int64_t n, const work* hi, const work* scale, const work* shift,
     bint each, const work* weight, const work* bias, bint streaming
 ) noexcept nogil:
-    """ReLU and none have loops of their own, so that they take no longer than memory."""
-    if t.activation == FASTNORM_RELU:
-        if t.residual == NULL:
-            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_RELU,
+    """What takes no longer than memory has loops of its own, and so has SiLU alone."""
+    cdef bint residual = t.residual != NULL
+    if t.upstream != NULL:
+        if t.activation == FASTNORM_SILU and not residual:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_SILU, True,
                      streaming)
         else:
-            map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_RELU, streaming)
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, residual, t.activation, True,
+                     streaming)
+    elif t.activation == FASTNORM_RELU:
+        if residual:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_RELU, False,
+                     streaming)
+        else:
+            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_RELU, False,
+                     streaming)
     elif t.activation == FASTNORM_NO_ACTIVATION:
-        if t.residual == NULL:
-            map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_NO_ACTIVATION,
-                     streaming)
-        else:
-            map_with(t, at, n, hi, scale, shift, each, weight, bias, True, FASTNORM_NO_ACTIVATION,
-                     streaming)
+        map_with(t, at, n, hi, scale, shift, each, weight, bias, residual, FASTNORM_NO_ACTIVATION,
+                 False, streaming)
+    elif t.activation == FASTNORM_SILU and not residual:
+        map_with(t, at, n, hi, scale, shift, each, weight, bias, False, FASTNORM_SILU, False,
+                 streaming)
     else:
-        map_with(t, at, n, hi, scale, shift, each, weight, bias, t.residual != NULL, t.activation,
+        map_with(t, at, n, hi, scale, shift, each, weight, bias, residual, t.activation, False,
                  streaming)
 
 
