@@ -312,7 +312,8 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
     if t.fused:
         for row in range(t.k):
             load_row(&w, n, weight[row], bias[row])
-            map_fused(t, at + row * t.s, n, w.hi, w.row_scale, w.row_shift, True, NULL, NULL)
+            map_fused(t, at + row * t.s, n, 1, 0, w.hi, w.row_scale, w.row_shift, OF_PLACES,
+                      NULL, NULL)
     else:
         row = 0
         while row < t.k:
@@ -500,7 +501,8 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
         if t.upstream != NULL:
             for row in range(t.k):
                 load_row(&w, n, weight[row], (<const work*> t.bias)[row])
-                map_fused(t, at + row * t.s, n, w.hi, w.row_scale, w.row_shift, True, NULL, NULL)
+                map_fused(t, at + row * t.s, n, 1, 0, w.hi, w.row_scale, w.row_shift, OF_PLACES,
+                          NULL, NULL)
         clear(&w)
         row = 0
         while row < t.k:

@@ -55,10 +55,8 @@ cdef void map_fused_rows(const plan* p, int64_t b, int64_t row, int64_t rows, in
                          int64_t n) noexcept nogil:
     """Columns [c, c + n) of these rows, with a forward's coefficients."""
     cdef const work* hi = coefficients_of(p, b) + c
-    cdef int64_t at = b * p.task.o * p.channels + row * p.width + c, _r
-    for _r in range(rows):
-        map_fused(p.task, at, n, hi, hi + p.padded, hi + 2 * p.padded, True, NULL, NULL)
-        at += p.width
+    map_fused(p.task, b * p.task.o * p.channels + row * p.width + c, n, rows, p.width, hi,
+              hi + p.padded, hi + 2 * p.padded, OF_PLACES, NULL, NULL)
 
 
 cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const work* about,

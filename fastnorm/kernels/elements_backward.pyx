@@ -109,7 +109,7 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
         start_terms(t, (b + r) * t.g + g, &c[r])
         if t.upstream != NULL:
             rstd = <work> c[r].rstd
-            map_fused(t, at, n, &c[r].hi, &rstd, &c[r].offset, False, weight,
+            map_fused(t, at, n, 1, 0, &c[r].hi, &rstd, &c[r].offset, OF_ALL, weight,
                       <const work*> t.bias + g * t.k + k)
         if brief:
             sum_short(x + at, dy + at, weight, n, c[r].hi, lanes_s + r * VECTORS,

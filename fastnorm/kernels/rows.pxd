@@ -218,12 +218,12 @@ cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, slab* w) noe
     cdef int64_t _r
     if t.gated:
         gate_scale = w.gate_scale
-    for _r in range(t.o):
-        if t.dy == NULL and t.fused:
-            map_fused(t, at, sets * p.n, w.hi, w.s, w.q, True, NULL, NULL)
-        else:
+    if t.dy == NULL and t.fused:
+        map_fused(t, at, sets * p.n, t.o, p.stride, w.hi, w.s, w.q, OF_PLACES, NULL, NULL)
+    else:
+        for _r in range(t.o):
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
                     sets * p.n, w.hi, w.s, w.q, w.d, gate_scale, w.gate_shift, t.stream)
-        at += p.stride
+            at += p.stride
     if t.stream:
         stream_end()

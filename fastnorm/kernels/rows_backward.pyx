@@ -22,10 +22,8 @@ cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at,
     """dy of some runs of a channel, from `at` on, taken back through the activation."""
     cdef const fn_task* t = p.task
     cdef affine c
-    cdef int64_t r
     c = gate_of(t, set_, set_ % t.g * t.k + k)
-    for r in range(runs):
-        map_fused(t, at + r * p.stride, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+    map_fused(t, at, n, runs, p.stride, &c.hi, &c.scale, &c.shift, OF_ALL, NULL, NULL)
 
 
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
@@ -213,9 +211,8 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
                 fill(w.gate_scale + s * p.n, p.n, z.scale)
                 fill(w.gate_shift + s * p.n, p.n, z.shift)
         if t.upstream != NULL:
-            for s in range(t.o):
-                map_fused(t, first * p.n + s * p.stride, sets * p.n, w.hi, w.gate_scale,
-                          w.gate_shift, True, NULL, NULL)
+            map_fused(t, first * p.n, sets * p.n, t.o, p.stride, w.hi, w.gate_scale, w.gate_shift,
+                      OF_PLACES, NULL, NULL)
         sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
                   &w, sums)
         for s in range(sets):

@@ -107,7 +107,7 @@ cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int
     cdef work hi = <work> mean, scale = <work> rstd
     cdef work shift = <work> (-(mean - <double> hi) * rstd)
     if t.fused:
-        map_fused(t, at, n, &hi, &scale, &shift, False, weight, bias)
+        map_fused(t, at, n, 1, 0, &hi, &scale, &shift, OF_ALL, weight, bias)
     else:
         map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL,
                    False, weight, bias, NULL, NULL, t.stream, ahead)
@@ -116,10 +116,11 @@ cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
                            double mean, double rstd, int64_t ahead) noexcept nogil:
     """Normalize the places [p0, p1) of run r of a set."""
-    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop, c, channels
+    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop, c, n, channels
     cdef int64_t k = p0 // t.i, end = ceil_div(p1, t.i)
     cdef const work* weight = <const work*> t.weight + set_ % t.g * t.k
     cdef const work* bias = <const work*> t.bias + set_ % t.g * t.k
+    cdef work his[BLOCK]
     cdef work scale[BLOCK]
     cdef work shift[BLOCK]
     cdef work hi = <work> mean
@@ -133,14 +134,22 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
             scaled = rstd * <double> weight[k + c]
             scale[c] = <work> scaled
             shift[c] = <work> (<double> bias[k + c] - lo * scaled)
-        for c in range(channels):
-            stop = minimum(p1, (k + c + 1) * t.i)
-            if t.fused:
-                map_fused(t, start + at, stop - at, &hi, scale + c, shift + c, False, NULL, NULL)
-            else:
-                map_run(<const stored*> t.x + start + at, NULL, <stored*> t.y + start + at,
-                        stop - at, hi, scale[c], shift[c], 0, t.stream, ahead)
+        stop = minimum(p1, (k + channels) * t.i)
+        if t.fused and stop - at == channels * t.i:
+            for c in range(channels):
+                his[c] = hi
+            map_fused(t, start + at, t.i, channels, t.i, his, scale, shift, OF_ROWS, NULL, NULL)
             at = stop
+        c = 0
+        while at < stop:
+            n = minimum(p1, (k + c + 1) * t.i) - at
+            if t.fused:
+                map_fused(t, start + at, n, 1, 0, &hi, scale + c, shift + c, OF_ALL, NULL, NULL)
+            else:
+                map_run(<const stored*> t.x + start + at, NULL, <stored*> t.y + start + at, n, hi,
+                        scale[c], shift[c], 0, t.stream, ahead)
+            at += n
+            c += 1
         k += channels
 
 
@@ -149,7 +158,7 @@ cdef inline void map_one(const fn_task* t, int64_t at, int64_t n, int64_t channe
     """Normalize n values of one channel."""
     cdef affine c = affine_of(t, channel, mean, rstd)
     if t.fused:
-        map_fused(t, at, n, &c.hi, &c.scale, &c.shift, False, NULL, NULL)
+        map_fused(t, at, n, 1, 0, &c.hi, &c.scale, &c.shift, OF_ALL, NULL, NULL)
     else:
         map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, c.hi, c.scale, c.shift, 0,
                 t.stream, ahead)
@@ -159,23 +168,29 @@ cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const dou
                            const double* rstd, int64_t ahead) noexcept nogil:
     """map_piece for neighbouring sets of one channel each, in memory order."""
     cdef const fn_task* t = p.task
-    cdef affine c[BLOCK]
-    cdef int64_t s, r, at = set_start(t, first)
+    cdef affine c
+    cdef work hi[BLOCK]
+    cdef work scale[BLOCK]
+    cdef work shift[BLOCK]
+    cdef int64_t s, at = set_start(t, first), _r
     cdef const stored* x
     cdef stored* y
     for s in range(sets):
-        c[s] = affine_of(t, (first + s) % t.g, mean[s], rstd[s])
-    for r in range(t.o):
-        x = <const stored*> t.x + at + r * p.stride
-        y = <stored*> t.y + at + r * p.stride
-        for s in range(sets):
-            if t.fused:
-                map_fused(t, at + r * p.stride + s * p.n, p.n, &c[s].hi, &c[s].scale, &c[s].shift,
-                          False, NULL, NULL)
-            else:
-                map_run(x, NULL, y, p.n, c[s].hi, c[s].scale, c[s].shift, 0, t.stream, ahead)
-            x += p.n
-            y += p.n
+        c = affine_of(t, (first + s) % t.g, mean[s], rstd[s])
+        hi[s] = c.hi
+        scale[s] = c.scale
+        shift[s] = c.shift
+    for _r in range(t.o):
+        if t.fused:
+            map_fused(t, at, p.n, sets, p.n, hi, scale, shift, OF_ROWS, NULL, NULL)
+        else:
+            x = <const stored*> t.x + at
+            y = <stored*> t.y + at
+            for s in range(sets):
+                map_run(x, NULL, y, p.n, hi[s], scale[s], shift[s], 0, t.stream, ahead)
+                x += p.n
+                y += p.n
+        at += p.stride
 
 
 cdef inline void normalize_block(const plan* p, int64_t index, bint masked) noexcept nogil:

@@ -416,9 +416,11 @@ static inline int64_t until_aligned(const stored *y)
 #define map_valid FN_PASTE(map_valid, FN_DTYPE, FN_LEVEL)
 #define sample_valid FN_PASTE(sample_valid, FN_DTYPE, FN_LEVEL)
 
-/* fused.pyx */
-void map_fused(const fn_task *task, int64_t at, int64_t n, const work *hi, const work *scale,
-               const work *shift, int each, const work *weight, const work *bias);
+/* fused.pyx. `which` coefficients: one for all, one for each row, or for each place in a row. */
+enum { OF_ALL, OF_ROWS, OF_PLACES };
+void map_fused(const fn_task *task, int64_t at, int64_t n, int64_t rows, int64_t stride,
+               const work *hi, const work *scale, const work *shift, int which, const work *weight,
+               const work *bias);
 void add_terms(const fn_task *task, int64_t at, int64_t n);
 
 /* elements_backward.pyx */

@@ -15,6 +15,7 @@ cdef extern from "words.h" nogil:
         NARROWED  # vectors that a store rounds at once
         ROWS "FN_ROWS"  # sets whose statistics are found together
         NONE_VALID, SOME_VALID, ALL_VALID
+        OF_ALL, OF_ROWS, OF_PLACES
     ctypedef float stored
     ctypedef float work
     ctypedef float vec
@@ -50,7 +51,7 @@ cdef extern from "words.h" nogil:
 
     ctypedef struct fn_task:
         int64_t b, o, g, k, i, s
-        int has_mean, given, fused, stream, far
+        int has_mean, given, fused, stream, far, ahead
         const void* x
         const void* dy
         void* y
@@ -76,8 +77,9 @@ cdef extern from "words.h" nogil:
         int threads
 
     # Of fused.pyx.
-    void map_fused(const fn_task* task, int64_t at, int64_t n, const work* hi, const work* scale,
-                   const work* shift, bint each, const work* weight, const work* bias)
+    void map_fused(const fn_task* task, int64_t at, int64_t n, int64_t rows, int64_t stride,
+                   const work* hi, const work* scale, const work* shift, int which,
+                   const work* weight, const work* bias)
     void add_terms(const fn_task* task, int64_t at, int64_t n)
 
     # Of columns_statistics.pyx.
