@@ -10,12 +10,10 @@ import math
 import numpy as np
 
 from fastnorm import backends, device, geometry
-from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, NOTHING, RELU, SILU, Fused
+from fastnorm.backends import ACTIVATIONS, GELU, GELU_TANH, LEAKY_RELU, NOTHING, Fused
 from fastnorm.device import DeviceArray
 from fastnorm.dtypes import DEVICE_NAMES, DEVICE_TABLE, TABLE
 from fastnorm.dtypes import NAMES as DTYPE_NAMES
-
-ACTIVATIONS = {None: 0, "relu": RELU, "leaky_relu": LEAKY_RELU, "silu": SILU, "gelu": GELU}
 
 # Most calls have nothing to look at closely, which compiled code sees sooner.
 _fits = getattr(backends.load("native"), "fits", lambda *_: False)

@@ -61,9 +61,8 @@ from fastnorm.checks import (
 from fastnorm.device import DeviceArray
 from fastnorm.results import Statistics
 
-# A call that asks for nothing but the normalization, of arrays in which there is nothing to look at
-# closely, is done whole by compiled code (see whole_forward in call.py). Everything below it is for
-# the others.
+# A call of arrays in which there is nothing to look at closely, without a mask and the like, is
+# done whole by compiled code (see whole_forward in call.py). The rest below is for the others.
 
 # ---- batch norm ----------------------------------------------------------------------------
 
@@ -118,13 +117,14 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2; ghost batches: Hoffer,
         Hubara and Soudry, "Train longer, generalize better", 2017.
     """
-    if activation is residual is mask is lengths is statistics is ghost_size is None and (
+    if mask is lengths is statistics is ghost_size is None and (
         convention == "torch" and nan_policy == "propagate"
         and (update is None or update is training or running_mean is running_var is None)
     ):
         y = call.whole_forward(
             BATCH, x, out, layout, 0, weight, bias, eps, running_mean, running_var, momentum,
-            0 if training else GIVEN_STATISTICS, return_stats, backend, num_threads,
+            0 if training else GIVEN_STATISTICS, return_stats, backend, num_threads, activation,
+            negative_slope, approximate, residual,
         )
         if y is not None:
             return y
@@ -268,11 +268,10 @@ def batch_norm_backward(
         weight or a bias. With a residual GradientsWithResidual(dx, dweight, dbias, dresidual);
         without an activation dresidual is dy.
     """
-    if activation is residual is mask is lengths is ghost_size is out_residual is None and (
-        not from_output
-    ):
+    if mask is lengths is ghost_size is None and not from_output:
         gradients = call.whole_backward(
-            BATCH, dy, x, stats, layout, 0, weight, bias, out, 0, backend, num_threads
+            BATCH, dy, x, stats, layout, 0, weight, bias, out, 0, backend, num_threads, activation,
+            negative_slope, approximate, residual, out_residual,
         )
         if gradients is not None:
             return gradients
@@ -382,10 +381,10 @@ def group_norm(
     Source:
         Wu and He, "Group Normalization", 2018.
     """
-    if activation is residual is mask is lengths is None:
+    if mask is lengths is None:
         y = call.whole_forward(
             GROUP, x, out, layout, num_groups, weight, bias, eps, None, None, 0.0, 0, return_stats,
-            backend, num_threads,
+            backend, num_threads, activation, negative_slope, approximate, residual,
         )
         if y is not None:
             return y
@@ -419,9 +418,10 @@ def group_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape (C,), with a residual
         GradientsWithResidual.
     """
-    if activation is residual is mask is lengths is out_residual is None:
+    if mask is lengths is None:
         gradients = call.whole_backward(
-            GROUP, dy, x, stats, layout, num_groups, weight, bias, out, 0, backend, num_threads
+            GROUP, dy, x, stats, layout, num_groups, weight, bias, out, 0, backend, num_threads,
+            activation, negative_slope, approximate, residual, out_residual,
         )
         if gradients is not None:
             return gradients
@@ -467,10 +467,10 @@ def instance_norm(
     Source:
         Ulyanov et al., "Instance Normalization", 2016.
     """
-    if activation is residual is mask is lengths is None and use_input_stats:
+    if mask is lengths is None and use_input_stats:
         y = call.whole_forward(
             GROUP, x, out, layout, None, weight, bias, eps, running_mean, running_var, momentum, 0,
-            return_stats, backend, num_threads,
+            return_stats, backend, num_threads, activation, negative_slope, approximate, residual,
         )
         if y is not None:
             return y
@@ -522,9 +522,10 @@ def instance_norm_backward(
             bias=bias, residual=residual, out_residual=out_residual, activation=activation,
             negative_slope=negative_slope, approximate=approximate, mask=mask, lengths=lengths,
         )
-    if activation is residual is mask is lengths is out_residual is None:
+    if mask is lengths is None:
         gradients = call.whole_backward(
-            GROUP, dy, x, stats, layout, None, weight, bias, out, 0, backend, num_threads
+            GROUP, dy, x, stats, layout, None, weight, bias, out, 0, backend, num_threads,
+            activation, negative_slope, approximate, residual, out_residual,
         )
         if gradients is not None:
             return gradients

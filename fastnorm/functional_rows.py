@@ -98,10 +98,11 @@ def layer_norm(
     Source:
         Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
-    if activation is residual is out_sum is axis is mask is lengths is None:
+    if axis is mask is lengths is None:
         y = call.whole_forward(
             ROWS, x, out, None, normalized_shape, weight, bias, eps, None, None, 0.0, 0,
-            return_stats, backend, num_threads,
+            return_stats, backend, num_threads, activation, negative_slope, approximate, residual,
+            out_sum,
         )
         if y is not None:
             return y
@@ -142,9 +143,10 @@ def layer_norm_backward(
         Gradients(dx, dweight, dbias), the last two of shape normalized_shape. dx is the gradient of
         the forward's x and of its residual.
     """
-    if activation is dsum is axis is mask is lengths is None:
+    if axis is mask is lengths is None:
         gradients = call.whole_backward(
-            ROWS, dy, x, stats, None, normalized_shape, weight, bias, out, 0, backend, num_threads
+            ROWS, dy, x, stats, None, normalized_shape, weight, bias, out, 0, backend, num_threads,
+            activation, negative_slope, approximate, None, None, dsum,
         )
         if gradients is not None:
             return gradients
@@ -190,10 +192,11 @@ def rms_norm(
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    if activation is residual is out_sum is axis is mask is lengths is None:
+    if axis is mask is lengths is None:
         y = call.whole_forward(
             ROWS, x, out, None, normalized_shape, weight, None, eps, None, None, 0.0, NO_MEAN,
-            return_stats, backend, num_threads,
+            return_stats, backend, num_threads, activation, negative_slope, approximate, residual,
+            out_sum,
         )
         if y is not None:
             return y
@@ -232,10 +235,10 @@ def rms_norm_backward(
     Returns:
         Gradients(dx, dweight, None), dweight of shape normalized_shape.
     """
-    if activation is dsum is axis is mask is lengths is None:
+    if axis is mask is lengths is None:
         gradients = call.whole_backward(
             ROWS, dy, x, stats, None, normalized_shape, weight, None, out, NO_MEAN, backend,
-            num_threads,
+            num_threads, activation, negative_slope, approximate, None, None, dsum,
         )
         if gradients is not None:
             return gradients

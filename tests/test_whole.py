@@ -1,5 +1,7 @@
 """Calls that compiled code does whole: which they are, and that the long way gives the same."""
 
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 from cases import DTYPES, Case
@@ -22,7 +24,14 @@ def forbid(*_, **__):
     raise AssertionError("not done whole")
 
 
-def everything(case, dtype, layout, out, backend):
+AFTER = [
+    ({}, False), ({"activation": "relu"}, True), ({"activation": "silu"}, False),
+    ({"activation": "leaky_relu", "negative_slope": 0.3}, True),
+    ({"activation": "gelu", "approximate": "tanh"}, False),
+]
+
+
+def everything(case, dtype, layout, out, backend, after=MappingProxyType({}), residual=False):
     x, dy, weight, bias = case.arrays(dtype)
     if out and weight is not None and dtype.itemsize == 2:
         weight = weight.astype(np.float32)
@@ -31,31 +40,49 @@ def everything(case, dtype, layout, out, backend):
     if layout:
         common["layout"] = layout
         x, dy = to_layout(x, layout), to_layout(dy, layout)
-    into = [np.empty_like(x) if out else None for _ in range(2)]
-    y, stats = case.forward(x, weight, bias, return_stats=True, out=into[0], **common)
-    again = case.forward(x, weight, bias, **common)
-    gradients = case.backward(dy, x, stats, weight, out=into[1], **common)
+    common |= after
+    into = [np.empty_like(x) if out else None for _ in range(4)]
+    forth, back = {}, {}
+    if residual:
+        forth["residual"] = back["residual" if case.by_channel else "dsum"] = dy[::-1].copy()
+        if not case.by_channel:
+            forth["out_sum"] = into[2]
+        else:
+            back["out_residual"] = into[3]
+    y, *total, stats = case.forward(
+        x, weight, bias, return_stats=True, out=into[0], **common, **forth
+    )
+    again = case.forward(x, weight, bias, **common, **forth)
+    if after and case.norm != "rms":
+        back["bias"] = bias
+    gradients = case.backward(dy, x, stats, weight, out=into[1], **common, **back)
     if out:
         assert y is into[0]
         assert gradients.dx is into[1]
-    return [y, again, stats.mean, stats.var, stats.rstd, *gradients]
+        assert not total or total[0] is into[2]
+        assert "out_residual" not in back or gradients.dresidual is into[3]
+    again = again[0] if total else again
+    return [y, again, *total, stats.mean, stats.var, stats.rstd, *gradients]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", [False, True])
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_plain_calls_are_and_the_long_way_gives_the_same(case, backend, out, dtype, monkeypatch):
+@pytest.mark.parametrize(("after", "residual"), AFTER)
+def test_calls_are_and_the_long_way_gives_the_same(
+    case, after, residual, backend, out, dtype, monkeypatch
+):
     fastnorm.rms_norm(np.ones(3, dtype), 3)  # the first call of a type chooses a backend
     for layout in layouts(case):
         with monkeypatch.context() as short:
             short.setattr(call, "forward", forbid)
             short.setattr(call, "backward", forbid)
-            whole = everything(case, dtype, layout, out, backend)
+            whole = everything(case, dtype, layout, out, backend, after, residual)
         with monkeypatch.context() as long:
             long.setattr(call, "whole_forward", lambda *_: None)
             long.setattr(call, "whole_backward", lambda *_: None)
-            parts = everything(case, dtype, layout, out, backend)
+            parts = everything(case, dtype, layout, out, backend, after, residual)
         for a, b in zip(whole, parts, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
@@ -115,6 +142,9 @@ def test_layers_are_done_whole(monkeypatch):
         layer.eval()(x)
 
 
+OUT = object()
+
+
 def doubts():
     x = np.ones((4, 6, 5), np.float32)
     six = np.ones(6, np.float32)
@@ -150,6 +180,27 @@ def doubts():
     yield "backend's type", {"backend": six}
     yield "threads", {"num_threads": -1}
     yield "threads as a bool", {"num_threads": True}
+    yield "activation", {"activation": "tanh"}
+    yield "activation's type", {"activation": 1}
+    yield "slope", {"activation": "leaky_relu", "slope": float("inf")}
+    yield "slope's type", {"activation": "leaky_relu", "slope": 1}
+    yield "approximate", {"activation": "gelu", "approximate": True}
+    yield "residual's shape", {"residual": x[:3].copy()}
+    yield "residual's type", {"residual": x.astype(np.float64)}
+    yield "out half the residual", {
+        "residual": room[:-1].reshape(x.shape), "out": room[1:].reshape(x.shape)
+    }
+    yield "running within the residual", {"residual": x, "running_mean": x.reshape(-1)[:6]}
+    yield "out_sum alone", {"out_sum": np.empty_like(x)}
+    yield "out_sum read-only", {"residual": x, "out_sum": frozen}
+    yield "out_sum's shape", {"residual": x, "out_sum": x[:3].copy()}
+    yield "out_sum is out", {"residual": x, "out": np.empty_like(x), "out_sum": OUT}
+    yield "out_sum half the residual", {
+        "residual": room[:-1].reshape(x.shape), "out_sum": room[1:].reshape(x.shape)
+    }
+    yield "weight within out_sum", {
+        "residual": x, "weight": room[:6], "out_sum": room[:-1].reshape(x.shape)
+    }
 
 
 @pytest.mark.parametrize("changed", [pytest.param(c, id=name) for name, c in doubts()])
@@ -158,8 +209,11 @@ def test_in_doubt_the_long_way_looks(changed):
         "x": np.ones((4, 6, 5), np.float32), "out": None, "layout": "NCHW", "groups": 0,
         "weight": None, "bias": None, "eps": 1e-5, "running_mean": None, "running_var": None,
         "momentum": 0.1, "flags": 0, "return_stats": False, "backend": "native",
-        "num_threads": None,
+        "num_threads": None, "activation": None, "slope": 0.01, "approximate": "none",
+        "residual": None, "out_sum": None,
     }
+    if changed.get("out_sum") is OUT:
+        changed = changed | {"out_sum": changed["out"]}
     assert native.whole_forward(backends.BATCH, *plain.values()) is not None
     assert native.whole_forward(backends.BATCH, *(plain | changed).values()) is None
 
@@ -175,14 +229,20 @@ def test_a_backward_in_doubt():
     x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
     _, stats = fastnorm.batch_norm(x, training=True, return_stats=True)
 
-    def whole(dy=x, x=x, stats=stats, weight=None, bias=None, out=None):
+    def whole(dy=x, x=x, stats=stats, weight=None, bias=None, out=None, **after):
         return native.whole_backward(
-            backends.BATCH, dy, x, stats, "NCHW", 0, weight, bias, out, 0, "native", None
+            backends.BATCH, dy, x, stats, "NCHW", 0, weight, bias, out, 0, "native", None, **after
         )
 
     assert whole() is not None
+    relu = {"activation": "relu"}
+    assert whole(**relu, out=np.empty_like(x)) is not None
+    assert whole(**relu, residual=x, out_residual=np.empty_like(x), out=x) is not None
     other = fastnorm.Statistics(stats.mean[:5], stats.var[:5], stats.rstd[:5])
     room = np.empty(x.size + 1, np.float32)
+    part = room[:-1].reshape(x.shape)
+    frozen = np.empty_like(x)
+    frozen.flags.writeable = False
     for changed in (
         {"dy": x.astype(np.float64)}, {"dy": x[:3]}, {"stats": other}, {"stats": None},
         {"stats": fastnorm.Statistics(*(a.astype(np.float32) for a in (
@@ -190,5 +250,17 @@ def test_a_backward_in_doubt():
         {"weight": np.ones(5, np.float32)}, {"bias": np.ones(5, np.float32)},
         {"out": x[:3].copy()},
         {"dy": room[1:].reshape(x.shape), "out": room[:-1].reshape(x.shape)},
+        {"activation": "tanh"}, {"residual": x}, {"out_residual": x.copy()},
+        relu | {"out_residual": x.copy()}, relu | {"residual": x[:3].copy()},
+        relu | {"out": x, "dy": x.copy()}, {"dsum": x.astype(np.float64)},
+        {"dsum": room[1:].reshape(x.shape), "out": room[:-1].reshape(x.shape)},
+        relu | {"dsum": part, "out": part},
+        relu | {"residual": part, "out": x.copy(), "out_residual": room[1:].reshape(x.shape)},
+        relu | {"residual": x.copy(), "out_residual": x},
+        relu | {"residual": x.copy(), "out": part, "out_residual": part},
+        relu | {"residual": x.copy(), "weight": room[:6], "out_residual": part},
+        relu | {"residual": x.copy(), "bias": room[:6], "out_residual": part},
+        relu | {"bias": room[:6], "out": part},
+        relu | {"residual": x.copy(), "dy": x.copy(), "out_residual": frozen},
     ):
         assert whole(**changed) is None

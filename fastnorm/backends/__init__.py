@@ -29,6 +29,7 @@ BATCH, GROUP, ROWS = range(3)
 
 # fastnorm_activation of fastnorm.h, which has the formulas.
 RELU, LEAKY_RELU, SILU, GELU, GELU_TANH = range(1, 6)
+ACTIVATIONS = {None: 0, "relu": RELU, "leaky_relu": LEAKY_RELU, "silu": SILU, "gelu": GELU}
 
 
 class Fused(NamedTuple):

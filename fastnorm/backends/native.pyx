@@ -11,10 +11,13 @@ from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
 
 from fastnorm import backends, config
-from fastnorm.backends import BATCH, GIVEN_STATISTICS, NO_MEAN, NOTHING, ROWS
+from fastnorm.backends import (
+    ACTIVATIONS, BATCH, GELU, GELU_TANH, GIVEN_STATISTICS, LEAKY_RELU, NO_MEAN, NOTHING, ROWS,
+    Fused,
+)
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import CHANNELS_FIRST, batch, group, rows
-from fastnorm.results import Gradients, Statistics
+from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
 cnp.import_array()
 
@@ -362,17 +365,59 @@ cdef inline bint may_receive(object out, cnp.ndarray x, object other) noexcept:
     """out is None, or like x, writable, and x or other or apart from them."""
     if out is None:
         return True
-    return (is_like(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
-            and (data(out) == data(x) or apart(<cnp.ndarray> out, x))
-            and (data(out) == data(other) or apart_from(<cnp.ndarray> out, other)))
+    return (is_like(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out) and may_be(out, x)
+            and may_be(out, other))
+
+
+cdef int activation_of(object activation, object slope, object approximate) except -2:
+    """The fastnorm_activation of the arguments; -1 where there is a doubt."""
+    if activation is None:
+        kind = 0
+    else:
+        kind = ACTIVATIONS.get(activation, -1) if PyUnicode_CheckExact(activation) else -1
+    if kind == LEAKY_RELU and not (PyFloat_CheckExact(slope) and isfinite(<double> slope)):
+        return -1
+    if approximate == "tanh":
+        return GELU_TANH if kind == GELU else kind
+    return kind if approximate == "none" else -1
+
+
+cdef inline bint may_be(object out, object other) noexcept:
+    """out is None, or the same memory, or apart."""
+    return (out is None or other is None or data(out) == data(other)
+            or apart(<cnp.ndarray> out, <cnp.ndarray> other))
 
 
 cdef inline bint may_move(object running, cnp.ndarray x, object out, object weight, object bias,
-                          object other) noexcept:
+                          object other, object residual) noexcept:
     return running is None or (
         cnp.PyArray_ISWRITEABLE(<cnp.ndarray> running) and apart(<cnp.ndarray> running, x)
         and apart_from(<cnp.ndarray> running, out) and apart_from(<cnp.ndarray> running, weight)
-        and apart_from(<cnp.ndarray> running, bias) and apart_from(<cnp.ndarray> running, other))
+        and apart_from(<cnp.ndarray> running, bias) and apart_from(<cnp.ndarray> running, other)
+        and apart_from(<cnp.ndarray> running, residual))
+
+
+cdef bint may_hand_out(int kind_after, object dy, cnp.ndarray x, object weight, object bias,
+                       object out, object residual, object out_residual, object dsum) except -1:
+    """Whether a backward may write where it is to, beside what may_receive says of out."""
+    if not ((dsum is None or is_like(dsum, x)) and may_be(out, dsum)
+            and (out is None or apart_from(<cnp.ndarray> out, bias))):
+        return False
+    if residual is None:  # dz is written where dx will be, before x and dsum are read
+        return out_residual is None and (kind_after == 0 or out is None or (
+            apart(<cnp.ndarray> out, x) and apart_from(<cnp.ndarray> out, dsum)))
+    if kind_after == 0 or not is_like(residual, x) or not may_be(out, residual):
+        return False
+    return out_residual is None or (
+        may_receive(out_residual, x, dy) and may_be(out_residual, residual)
+        and apart(<cnp.ndarray> out_residual, x) and apart_from(<cnp.ndarray> out_residual, out)
+        and apart_from(<cnp.ndarray> out_residual, weight)
+        and apart_from(<cnp.ndarray> out_residual, bias))
+
+
+cdef inline object room_like(object x):
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x),
+                             cnp.PyArray_TYPE(<cnp.ndarray> x), 0)
 
 
 cdef inline int statistics_axes(int norm, cnp.ndarray x, fastnorm_geometry* sizes,
@@ -389,12 +434,13 @@ cdef inline int statistics_axes(int norm, cnp.ndarray x, fastnorm_geometry* size
 
 
 def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_mean, running_var,
-                  momentum, int flags, return_stats, backend, num_threads):
-    """y, or (y, Statistics); None where something must be looked at. groups: None of instance norm,
-    and normalized_shape of rows."""
+                  momentum, int flags, return_stats, backend, num_threads, activation=None,
+                  slope=None, approximate="none", residual=None, out_sum=None):
+    """y, or (y, sum of rows with a residual, Statistics); None where something must be looked at.
+    groups: None of instance norm, and normalized_shape of rows."""
     cdef fastnorm_geometry sizes
     cdef cnp.npy_intp shape[64]
-    cdef int kind, param_kind, threads, axes
+    cdef int kind, param_kind, kind_after, threads, axes
     cdef bint given = flags & GIVEN_STATISTICS
     kind = kind_of(x)
     param_kind = kind_of_first((weight, bias, running_mean, running_var), kind)
@@ -417,7 +463,14 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
             and one_for_each(running_mean, param_kind, sizes.g)
             and one_for_each(running_var, param_kind, sizes.g)):
         return None
-    if not may_receive(out, <cnp.ndarray> x, None):
+    kind_after = activation_of(activation, slope, approximate)
+    if (kind_after < 0 or not (residual is None or is_like(residual, <cnp.ndarray> x))
+            or not may_receive(out, <cnp.ndarray> x, residual)):
+        return None
+    if out_sum is not None and not (
+            residual is not None and may_receive(out_sum, <cnp.ndarray> x, residual)
+            and apart_from(<cnp.ndarray> out_sum, weight)
+            and apart_from(<cnp.ndarray> out_sum, bias) and apart_from(<cnp.ndarray> out_sum, out)):
         return None
     if out is not None and not (apart_from(<cnp.ndarray> out, weight)
                                 and apart_from(<cnp.ndarray> out, bias)
@@ -432,13 +485,15 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
             return None
         if running_mean is not None or running_var is not None:
             if sizes.b > 1 or not (
-                    may_move(running_mean, x, out, weight, bias, running_var)
-                    and may_move(running_var, x, out, weight, bias, running_mean)):
+                    may_move(running_mean, x, out, weight, bias, running_var, residual)
+                    and may_move(running_var, x, out, weight, bias, running_mean, residual)):
                 return None
-    y = out
-    if out is None:
-        y = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x),
-                              kind, 0)
+    y = room_like(x) if out is None else out
+    fused, total = NOTHING, None
+    if residual is not None and norm == ROWS:
+        total = room_like(x) if out_sum is None else out_sum
+    if kind_after or residual is not None:
+        fused = Fused(kind_after, slope if kind_after == LEAKY_RELU else 0.0, residual, total)
     mean = var = rstd = None
     if return_stats:
         axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
@@ -447,24 +502,27 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
         rstd = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
     if engine == "native":
         forward(found, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
-                momentum, flags, threads)
+                momentum, flags, threads, fused)
     else:
         flat = None, None, None
         if return_stats:
             flat = mean.reshape(-1), var.reshape(-1), rstd.reshape(-1)
         engine.forward(found, x, y, weight, bias, eps, *flat, running_mean, running_var, momentum,
-                       flags, threads)
-    return (y, Statistics(mean, var, rstd, given)) if return_stats else y
+                       flags, threads, fused)
+    if total is None:
+        return (y, Statistics(mean, var, rstd, given)) if return_stats else y
+    return (y, total, Statistics(mean, var, rstd, given)) if return_stats else (y, total)
 
 
 def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, int flags, backend,
-                   num_threads):
-    """Gradients; None where something must be looked at. bias matters to activations alone, but
-    one that does not fit is a slip."""
+                   num_threads, activation=None, slope=None, approximate="none", residual=None,
+                   out_residual=None, dsum=None):
+    """Gradients, with a residual GradientsWithResidual; None where something must be looked at.
+    bias matters to activations alone, but one that does not fit is a slip."""
     cdef fastnorm_geometry sizes
     cdef cnp.npy_intp shape[64]
     cdef cnp.npy_intp channels
-    cdef int kind, param_kind, threads, axes, axis
+    cdef int kind, param_kind, kind_after, threads, axes, axis
     kind = kind_of(x)
     param_kind = kind_of_first((weight,), kind)
     if kind == 0 or param_kind == 0 or type(stats) is not Statistics:
@@ -481,6 +539,10 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
             and may_receive(out, <cnp.ndarray> x, dy)
             and (out is None or apart_from(<cnp.ndarray> out, weight))):
         return None
+    kind_after = activation_of(activation, slope, approximate)
+    if kind_after < 0 or not may_hand_out(
+            kind_after, dy, <cnp.ndarray> x, weight, bias, out, residual, out_residual, dsum):
+        return None
     mean, rstd = stats.mean, stats.rstd
     axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
     for array in (mean, rstd):
@@ -489,18 +551,24 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
         for axis in range(axes):
             if cnp.PyArray_DIM(<cnp.ndarray> array, axis) != shape[axis]:
                 return None
-        if out is not None and not apart(<cnp.ndarray> out, <cnp.ndarray> array):
-            return None
+        for into in (out, out_residual):
+            if into is not None and not apart(<cnp.ndarray> into, <cnp.ndarray> array):
+                return None
     if stats.given:
         flags |= GIVEN_STATISTICS
-    dx = out
-    if out is None:
-        dx = cnp.PyArray_EMPTY(
-            cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x), kind, 0)
+    dx = room_like(x) if out is None else out
+    fused, dresidual = NOTHING, None
+    if residual is not None:
+        dresidual = room_like(x) if out_residual is None else out_residual
+    if kind_after or dsum is not None:
+        fused = Fused(kind_after, slope if kind_after == LEAKY_RELU else 0.0, residual, None, bias,
+                      dresidual, dsum)
     dweight = cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     if engine == "native":
-        backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads)
+        backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads, fused)
     else:
-        engine.backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads)
-    return Gradients(dx, dweight, dbias)
+        engine.backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads, fused)
+    if residual is None:
+        return Gradients(dx, dweight, dbias)
+    return GradientsWithResidual(dx, dweight, dbias, dresidual)
