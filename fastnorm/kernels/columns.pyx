@@ -173,7 +173,7 @@ cdef inline void map_part(const plan* p, int64_t row, int64_t c, int64_t n, cons
     cdef const fn_task* t = p.task
     map_row(<const stored*> t.x + row + c, past(<const stored*> t.dy, row + c),
             <stored*> t.y + row + c, n, hi + c, hi + p.padded + c, hi + 2 * p.padded + c,
-            hi + 3 * p.padded + c, past_weight(gate, c), past_weight(gate, p.padded + c), False)
+            hi + 3 * p.padded + c, past_weight(gate, c), past_weight(gate, p.padded + c), False, 0)
 
 
 cdef inline void map_rows_down(
@@ -222,7 +222,7 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) no
         for _r in range(row, stop):
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n,
                     hi + c, scale + c, shift + c, dscale + c, past_weight(gate, c),
-                    past_weight(gate, p.padded + c), t.stream)
+                    past_weight(gate, p.padded + c), t.stream, t.ahead)
             at += p.width
         c += n
 
@@ -236,7 +236,7 @@ cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept no
         memset(<stored*> t.y + at, 0, n * sizeof(stored))
         return
     map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n, hi,
-            hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, NULL, NULL, False)
+            hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, NULL, NULL, False, 0)
     blank_gaps(t, <stored*> t.y + at, at, n)
 
 
@@ -259,7 +259,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         if rest > 0:
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
                     rest, hi, hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, gate,
-                    past_weight(gate, p.padded), t.stream)
+                    past_weight(gate, p.padded), t.stream, 0)
     else:
         while row < stop:
             n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies

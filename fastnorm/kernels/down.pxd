@@ -102,12 +102,19 @@ cdef inline void sum_rows(
 cdef inline void map_row(
     const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
     const work* shift, const work* dscale, const work* gate_scale, const work* gate_shift,
-    bint streaming
+    bint streaming, int64_t ahead
 ) noexcept nogil:
-    """map_places with coefficients for each place."""
-    if dy == NULL:
+    """map_places with coefficients for each place. (A loop that may ask ahead takes 1.02 times as
+    long where it does not.)"""
+    if dy == NULL and ahead:
+        map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, NULL, streaming,
+                   ahead)
+    elif dy == NULL:
         map_places(x, NULL, y, n, hi, scale, shift, NULL, True, NULL, NULL, NULL, NULL, streaming,
                    0)
+    elif gate_scale == NULL and ahead:
+        map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, NULL, streaming,
+                   ahead)
     elif gate_scale == NULL:
         map_places(x, dy, y, n, hi, scale, shift, dscale, True, NULL, NULL, NULL, NULL, streaming,
                    0)

@@ -19,9 +19,9 @@
 /* Below this traffic a parallel region costs more than it saves. */
 enum { SERIAL_BYTES = 192 << 10 };
 
-/* What lies so many bytes ahead is asked for by fused maps of x and residual that the last level may
- * hold: processors do not foresee beyond a page. (0.65 to 1.05 of the time; of what comes from
- * memory up to 1.15.) */
+/* What lies so many bytes ahead is asked for by fused maps and maps of rows whose inputs the last
+ * level may hold: processors do not foresee beyond a page. (0.5 to 1.0 of the time; of what comes
+ * from memory up to 1.15, in long runs of a channel up to 1.4.) */
 enum { AHEAD = 8192 };
 
 int32_t fastnorm_version(void)

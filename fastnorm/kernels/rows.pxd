@@ -223,7 +223,7 @@ cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, slab* w) noe
     else:
         for _r in range(t.o):
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    sets * p.n, w.hi, w.s, w.q, w.d, gate_scale, w.gate_shift, t.stream)
+                    sets * p.n, w.hi, w.s, w.q, w.d, gate_scale, w.gate_shift, t.stream, t.ahead)
             at += p.stride
     if t.stream:
         stream_end()

@@ -14,7 +14,7 @@ typedef struct fn_task {
     int fused;             /* a forward maps by map_fused: an activation, a residual or a mask */
     int stream;            /* outputs pass the caches by */
     int far;               /* what sums read comes from the last level or memory */
-    int ahead;             /* values that a fused map asks for meanwhile lie so far ahead, or 0 */
+    int ahead;             /* values that maps ask for meanwhile lie so far ahead, or 0 */
     const void *x;
     const void *dy; /* NULL in a forward */
     void *y;        /* dx in a backward */
