@@ -15,7 +15,7 @@ from libc.string cimport memset
 from fastnorm.kernels.words cimport (
     ALL_VALID, BATCH, NONE_VALID, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, blank_gaps, fetch, fn_task,
     head, load, load_part, load_work, load_work_part, minimum, past, past_weight, place_in_mask,
-    put_all, splat, store, store_part, stored, stretch, vec, work,
+    put, put_all, splat, store, store_part, stored, stretch, vec, work,
 )
 
 
@@ -196,8 +196,9 @@ cdef public void map_fused(
         c.shift += next_row
 
 
-cdef public void add_terms(const fn_task* t, int64_t at, int64_t n) noexcept nogil:
-    """x = terms[0] + terms[1], n values of a row from `at` on, rounded as they are stored."""
+cdef public void add_terms(const fn_task* t, int64_t at, int64_t n, stored* kept) noexcept nogil:
+    """x = terms[0] + terms[1], n values of a row from `at` on, rounded as they are stored. With
+    `kept` they are whole lines, which are streamed, and kept there too."""
     cdef const stored* a = <const stored*> t.terms[0] + at
     cdef const stored* b = <const stored*> t.terms[1] + at
     cdef stored* x = <stored*> t.x + at
@@ -210,10 +211,18 @@ cdef public void add_terms(const fn_task* t, int64_t at, int64_t n) noexcept nog
     while p + BATCH * WIDTH <= n:
         for v in range(BATCH):
             sums[v] = load(a + p + v * WIDTH) + load(b + p + v * WIDTH)
-        put_all(x + p, sums, False, BATCH)
+        put_all(x + p, sums, kept != NULL, BATCH)
+        if kept != NULL:
+            put_all(kept + p, sums, False, BATCH)
         p += BATCH * WIDTH
     while p + WIDTH <= n:
-        store(x + p, load(a + p) + load(b + p))
+        sums[0] = load(a + p) + load(b + p)
+        put(x + p, sums[0], kept != NULL)
+        if kept != NULL:
+            store(kept + p, sums[0])
         p += WIDTH
     if p < n:
-        store_part(x + p, n - p, load_part(a + p, n - p, 0) + load_part(b + p, n - p, 0))
+        sums[0] = load_part(a + p, n - p, 0) + load_part(b + p, n - p, 0)
+        store_part(x + p, n - p, sums[0])
+        if kept != NULL:
+            store_part(kept + p, n - p, sums[0])

@@ -36,6 +36,7 @@ cdef enum:
     GIVEN_SHORT_RUN = 700  # bytes of one, below which they are only mapped as slabs
     SHORT = 1024  # values in a run, below which the next one is not foreseen
     ELEMENTS = 4096  # values of ROWS rows, or what fits a cache: more are not summed together
+    KEPT = 8192  # values of rows that are kept where their sum of two terms is streamed
     STRIP = 1024  # columns whose weights and sums stay in the first-level cache
 
 

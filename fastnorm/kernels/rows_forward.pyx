@@ -99,9 +99,10 @@ cdef inline void finish_set(const plan* p, int64_t set_, work about, const doubl
         t.rstd[set_] = rstd[0]
 
 
-cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int64_t n,
-                              double mean, double rstd, int64_t ahead) noexcept nogil:
-    """Normalize n values with a weight and a bias for each, the first of them `channel`'s."""
+cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int64_t channel,
+                              int64_t n, double mean, double rstd, int64_t ahead) noexcept nogil:
+    """Normalize n values with a weight and a bias for each, the first of them `channel`'s. x is
+    where they lie, t.x + at or a copy."""
     cdef const work* weight = <const work*> t.weight + channel
     cdef const work* bias = <const work*> t.bias + channel
     cdef work hi = <work> mean, scale = <work> rstd
@@ -109,8 +110,8 @@ cdef inline void map_elements(const fn_task* t, int64_t at, int64_t channel, int
     if t.fused:
         map_fused(t, at, n, 1, 0, &hi, &scale, &shift, OF_ALL, weight, bias)
     else:
-        map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL,
-                   False, weight, bias, NULL, NULL, t.stream, ahead)
+        map_places(x, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL, False, weight, bias,
+                   NULL, NULL, t.stream, ahead)
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
@@ -126,7 +127,8 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
     cdef work hi = <work> mean
     cdef double lo = mean - <double> hi, scaled
     if t.i == 1:
-        map_elements(t, start + p0, set_ % t.g * t.k + p0, p1 - p0, mean, rstd, ahead)
+        map_elements(t, <const stored*> t.x + start + p0, start + p0, set_ % t.g * t.k + p0,
+                     p1 - p0, mean, rstd, ahead)
         return
     while k < end:
         channels = minimum(BLOCK, end - k)
@@ -239,7 +241,7 @@ cdef void leave_row(const fn_task* t, int64_t set_) noexcept nogil:
     """A row that does not count: zeros."""
     memset(<stored*> t.y + set_ * t.k, 0, t.k * sizeof(stored))
     if t.terms[0] != NULL:
-        add_terms(t, set_ * t.k, t.k)
+        add_terms(t, set_ * t.k, t.k, NULL)
     if t.mean != NULL:
         t.mean[set_] = 0
     if t.var != NULL:
@@ -255,6 +257,15 @@ cdef inline void map_set(const fn_task* t, int64_t set_, double mean, double rst
         map_piece(t, set_, 0, 0, t.k * t.i, mean, rstd, ahead)
     else:
         map_one(t, set_ * t.i, t.i, set_ % t.g, mean, rstd, ahead)
+
+
+cdef inline bint keeps_sums(const plan* p) noexcept nogil:
+    """Whether x, the sum of two terms, passes the caches by too, and what is read of it again is a
+    copy in them: else its lines are read before they are written."""
+    cdef const fn_task* t = p.task
+    return (t.terms[0] != NULL and t.stream and not t.fused and p.n <= KEPT
+            and t.x != t.terms[0] and t.x != t.terms[1] and until_aligned(<stored*> t.x) == 0
+            and p.n * <int64_t> sizeof(stored) % 64 == 0)
 
 
 cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexcept nogil:
@@ -274,9 +285,12 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
     cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), r, rows, g
     cdef int64_t group = minimum(4, t.l2 // 4 // (p.n * <int64_t> sizeof(stored))), ahead, k, n
     cdef int again
-    cdef bint brief = p.n <= FLUSH * LANES
-    cdef const stored* x
+    cdef bint brief = p.n <= FLUSH * LANES, keeping = keeps_sums(p)
+    cdef stored kept[KEPT]
+    cdef const stored* x = kept
     group = maximum(1, minimum(ROWS, maximum(group, ELEMENTS // p.n)))
+    if keeping:
+        group = minimum(group, KEPT // p.n)
     memset(about, 0, sizeof(about))
     memset(s, 0, sizeof(s))
     memset(q, 0, sizeof(q))
@@ -288,10 +302,11 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
                 set_ += 1
                 continue
             rows = valid_rows(t, set_, rows) if t.g == 1 else 1
-        x = <const stored*> t.x + set_ * p.n
+        if not keeping:
+            x = <const stored*> t.x + set_ * p.n
         for r in range(rows):
             if t.terms[0] != NULL:
-                add_terms(t, (set_ + r) * p.n, p.n)
+                add_terms(t, (set_ + r) * p.n, p.n, &kept[r * p.n] if keeping else NULL)
             if t.has_mean:
                 about[r] = spread_sample(x + r * p.n, 1, 0, p.n)
             if brief:
@@ -325,7 +340,7 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
             memcpy(t.var + set_, var, rows * sizeof(double))
         if t.rstd != NULL:
             memcpy(t.rstd + set_, rstd, rows * sizeof(double))
-        ahead = group * p.n if t.stream and set_ + rows < end else 0
+        ahead = group * p.n if t.stream and set_ + rows < end and t.terms[0] == NULL else 0
         if t.i > 1:
             for r in range(rows):
                 map_set(t, set_ + r, mean[r], rstd[r], ahead)
@@ -334,7 +349,8 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
             n = minimum(STRIP, t.k - k)
             for r in range(rows):
                 g = (set_ + r) % t.g * t.k + k if t.g > 1 else k
-                map_elements(t, (set_ + r) * t.k + k, g, n, mean[r], rstd[r], ahead)
+                map_elements(t, x + r * t.k + k, (set_ + r) * t.k + k, g, n, mean[r], rstd[r],
+                             ahead)
             k += n
         set_ += rows
     if t.stream:
@@ -420,7 +436,7 @@ cdef void add_tile(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef int64_t r0, r1, p0, p1
     tile_bounds(p, index % p.tiles, &r0, &r1, &p0, &p1)
-    add_terms(p.task, set_start(p.task, index // p.tiles) + p0, p1 - p0)
+    add_terms(p.task, set_start(p.task, index // p.tiles) + p0, p1 - p0, NULL)
 
 
 cdef public void rows_forward(const fn_task* t) noexcept nogil:

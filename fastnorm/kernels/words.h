@@ -421,7 +421,7 @@ enum { OF_ALL, OF_ROWS, OF_PLACES };
 void map_fused(const fn_task *task, int64_t at, int64_t n, int64_t rows, int64_t stride,
                const work *hi, const work *scale, const work *shift, int which, const work *weight,
                const work *bias);
-void add_terms(const fn_task *task, int64_t at, int64_t n);
+void add_terms(const fn_task *task, int64_t at, int64_t n, stored *kept);
 
 /* elements_backward.pyx */
 void elements_backward(void *context);

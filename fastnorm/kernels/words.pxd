@@ -80,7 +80,7 @@ cdef extern from "words.h" nogil:
     void map_fused(const fn_task* task, int64_t at, int64_t n, int64_t rows, int64_t stride,
                    const work* hi, const work* scale, const work* shift, int which,
                    const work* weight, const work* bias)
-    void add_terms(const fn_task* task, int64_t at, int64_t n)
+    void add_terms(const fn_task* task, int64_t at, int64_t n, stored* kept)
 
     # Of columns_statistics.pyx.
     void start_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
