@@ -17,15 +17,18 @@ native = backends.load("native")
 pytestmark = pytest.mark.skipif(isinstance(native, str), reason="no native library here")
 
 
-def everything(case, layout, dtype, threads):
+def everything(case, layout, dtype, threads, residual=None, **after):
     x, dy, weight, bias = (None if a is None else a for a in case.arrays(dtype))
     common = {"backend": "native", "num_threads": threads}
     if layout:
         common["layout"] = layout
         x, dy = to_layout(x, layout), to_layout(dy, layout)
-    y, stats = case.forward(x, weight, bias, return_stats=True, **common)
-    gradients = case.backward(dy, x, stats, weight, **common)
-    arrays = (y, stats.mean, stats.var, stats.rstd, *gradients)
+    forth = {} if residual is None else {"residual": dy}
+    y, *total, stats = case.forward(x, weight, bias, return_stats=True, **common, **after, **forth)
+    if after:
+        common |= after | ({} if case.norm == "rms" else {"bias": bias})
+    gradients = case.backward(dy, *(total or [x]), stats, weight, **common)
+    arrays = (y, *total, stats.mean, stats.var, stats.rstd, *gradients)
     return [a.tobytes() for a in arrays if a is not None]
 
 
@@ -55,8 +58,9 @@ digest = hashlib.sha256()
 for case in large_cases():
     for layout in layouts(case):
         for dtype in DTYPES:
-            for part in everything(case, layout, dtype, 2):
-                digest.update(part)
+            for fused in ({{}}, {{"residual": 1}}, {{"residual": 1, "activation": "relu"}}):
+                for part in everything(case, layout, dtype, 2, **fused):
+                    digest.update(part)
 print(backends.load("native").isa_name(), digest.hexdigest())
 """
 

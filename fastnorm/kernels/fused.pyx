@@ -198,31 +198,40 @@ cdef public void map_fused(
 
 cdef public void add_terms(const fn_task* t, int64_t at, int64_t n, stored* kept) noexcept nogil:
     """x = terms[0] + terms[1], n values of a row from `at` on, rounded as they are stored. With
-    `kept` they are whole lines, which are streamed, and kept there too."""
+    `kept` they are streamed, and kept there too."""
     cdef const stored* a = <const stored*> t.terms[0] + at
     cdef const stored* b = <const stored*> t.terms[1] + at
     cdef stored* x = <stored*> t.x + at
-    cdef int64_t p = 0
+    cdef bint streaming = kept != NULL
+    cdef int64_t p = 0, part = head(x, n, &streaming), step
+    cdef int64_t stop = n - (n - part) % (64 // <int64_t> sizeof(stored)) if streaming else n
     cdef vec sums[BATCH]
     cdef int v
     if t.mask != NULL and not t.mask[place_in_mask(t, at)]:
         memset(x, 0, n * sizeof(stored))
         return
-    while p + BATCH * WIDTH <= n:
-        for v in range(BATCH):
-            sums[v] = load(a + p + v * WIDTH) + load(b + p + v * WIDTH)
-        put_all(x + p, sums, kept != NULL, BATCH)
-        if kept != NULL:
-            put_all(kept + p, sums, False, BATCH)
-        p += BATCH * WIDTH
-    while p + WIDTH <= n:
-        sums[0] = load(a + p) + load(b + p)
-        put(x + p, sums[0], kept != NULL)
-        if kept != NULL:
-            store(kept + p, sums[0])
-        p += WIDTH
-    if p < n:
-        sums[0] = load_part(a + p, n - p, 0) + load_part(b + p, n - p, 0)
-        store_part(x + p, n - p, sums[0])
-        if kept != NULL:
-            store_part(kept + p, n - p, sums[0])
+    while p < n:
+        if part == 0:
+            while p + BATCH * WIDTH <= stop:
+                for v in range(BATCH):
+                    sums[v] = load(a + p + v * WIDTH) + load(b + p + v * WIDTH)
+                put_all(x + p, sums, streaming, BATCH)
+                if kept != NULL:
+                    put_all(kept + p, sums, False, BATCH)
+                p += BATCH * WIDTH
+            while p + WIDTH <= stop:
+                sums[0] = load(a + p) + load(b + p)
+                put(x + p, sums[0], streaming)
+                if kept != NULL:
+                    store(kept + p, sums[0])
+                p += WIDTH
+            part = n - p
+        else:
+            # Up to the first line of x, or the last places.
+            step = minimum(part, WIDTH)
+            sums[0] = load_part(a + p, step, 0) + load_part(b + p, step, 0)
+            store_part(x + p, step, sums[0])
+            if kept != NULL:
+                store_part(kept + p, step, sums[0])
+            p += step
+            part -= step

@@ -263,9 +263,10 @@ cdef inline bint keeps_sums(const plan* p) noexcept nogil:
     """Whether x, the sum of two terms, passes the caches by too, and what is read of it again is a
     copy in them: else its lines are read before they are written."""
     cdef const fn_task* t = p.task
-    return (t.terms[0] != NULL and t.stream and not t.fused and p.n <= KEPT
-            and t.x != t.terms[0] and t.x != t.terms[1] and until_aligned(<stored*> t.x) == 0
-            and p.n * <int64_t> sizeof(stored) % 64 == 0)
+    cdef bint streaming = t.stream and t.terms[0] != NULL and not t.fused
+    if streaming:
+        head(<const stored*> t.x, p.n, &streaming)
+    return streaming and p.n <= KEPT and t.x != t.terms[0] and t.x != t.terms[1]
 
 
 cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexcept nogil:
