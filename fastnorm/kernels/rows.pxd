@@ -62,7 +62,8 @@ cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
     """Whether runs are so short that their ends and their sums by run would cost the most."""
     return (t.b == 1 and t.k == 1 and t.o >= 8 and t.mask == NULL
             and 1 < t.i < SHORT_RUN and not (
-                t.given and t.dy == NULL and t.i * <int64_t> sizeof(stored) >= GIVEN_SHORT_RUN))
+                t.given and t.dy == NULL and t.i * <int64_t> sizeof(stored) >= (
+                    SHORTEST if t.stream else GIVEN_SHORT_RUN)))
 
 
 cdef inline bint brief(const plan* p) noexcept nogil:

@@ -26,6 +26,25 @@ cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at,
     map_fused(t, at, n, runs, p.stride, &c.hi, &c.scale, &c.shift, OF_ALL, NULL, NULL)
 
 
+cdef inline void deactivate_runs(const plan* p, int64_t first, int64_t run, int64_t runs,
+                                 int64_t at) noexcept nogil:
+    """dy of short runs that lie one behind the other from `at` on, taken back through the
+    activation; `run` counts from the first of set `first`."""
+    cdef const fn_task* t = p.task
+    cdef affine c
+    cdef work hi[ROWS]
+    cdef work scale[ROWS]
+    cdef work shift[ROWS]
+    cdef int64_t r, set_
+    for r in range(runs):
+        set_ = first + (run + r) // t.k
+        c = gate_of(t, set_, set_ % t.g * t.k + (run + r) % t.k)
+        hi[r] = c.hi
+        scale[r] = c.scale
+        shift[r] = c.shift
+    map_fused(t, at, t.i, runs, t.i, hi, scale, shift, OF_ROWS, NULL, NULL)
+
+
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
                              double* sums, bint masked) noexcept nogil:
     cdef int64_t r0, r1, p0, p1, at, r
@@ -114,10 +133,9 @@ cdef inline void sum_brief(const plan* p, int64_t first, int64_t sets, const ter
     over_set[0] = over_set[1] = 0
     while done < runs:
         rows = minimum(ROWS, runs - done)
+        if t.upstream != NULL:
+            deactivate_runs(p, first, done, rows, set_start(t, first) + done * t.i)
         for r in range(rows):
-            if t.upstream != NULL:
-                deactivate_channel(p, first + summed, at, set_start(t, first + summed) + at * t.i,
-                                   1, t.i)
             sum_short(x, dy, NULL, t.i, c[summed].hi, lanes_s + r * VECTORS, lanes_q + r * VECTORS)
             x += t.i
             dy += t.i
