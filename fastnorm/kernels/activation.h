@@ -14,25 +14,27 @@
  * of 2^(j/8), j in [0, 8), less j in the places to which n is added. */
 #if defined(FN_TYPE_float64)
 enum { MANTISSA = 52 };
+typedef uint64_t power_vec __attribute__((vector_size(FN_VECTOR)));
 #define LN2_HIGH 6.93147180369123816490e-01 /* its low 32 bits are 0, so that n*LN2_HIGH is exact */
 #define LN2_LOW 1.90821492927058770002e-10
 #define EXP_MOST 708.0
 /* Taylor's. */
 static const double exp_powers[] = {1.0 / 2,   1.0 / 6,    1.0 / 24,   1.0 / 120,
                                     1.0 / 720, 1.0 / 5040, 1.0 / 40320};
-static const int64_t exp_eighths[] = {0x3ff0000000000000, 0x3fef72b83c7d517b,
-                                      0x3fef06fe0a31b715, 0x3feebfdad5362a27,
-                                      0x3feea09e667f3bcd, 0x3feeace5422aa0db,
-                                      0x3feee89f995ad3ad, 0x3fef5818dcfba487};
+static const uint64_t exp_eighths[] = {0x3ff0000000000000, 0x3fef72b83c7d517b,
+                                       0x3fef06fe0a31b715, 0x3feebfdad5362a27,
+                                       0x3feea09e667f3bcd, 0x3feeace5422aa0db,
+                                       0x3feee89f995ad3ad, 0x3fef5818dcfba487};
 #else
 enum { MANTISSA = 23 };
+typedef uint32_t power_vec __attribute__((vector_size(FN_VECTOR)));
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
 #define EXP_MOST 87.25f
 /* Of least relative error, 2.6e-8. */
 static const float exp_powers[] = {0.5000645f, 0.16666858f};
-static const int32_t exp_eighths[] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
-                                      0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+static const uint32_t exp_eighths[] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                       0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 #endif
 
 enum { TOGETHER = 4 };
@@ -65,18 +67,18 @@ static inline vec at_most(vec v, work bound)
 static inline vec within(vec v) { return at_most(at_least(v, -EXP_MOST), EXP_MOST); }
 
 /* exp_eighths of the lowest three bits of every lane. */
-static inline whole_vec eighth_of(whole_vec n)
+static inline power_vec eighth_of(power_vec n)
 {
 #if defined(__AVX512F__) && defined(FN_TYPE_float64)
-    return (whole_vec)_mm512_permutexvar_epi64((__m512i)n, _mm512_loadu_si512(exp_eighths));
+    return (power_vec)_mm512_permutexvar_epi64((__m512i)n, _mm512_loadu_si512(exp_eighths));
 #elif defined(__AVX512F__)
     const __m256i eight = _mm256_loadu_si256((const __m256i *)exp_eighths);
-    return (whole_vec)_mm512_permutexvar_epi32((__m512i)n, _mm512_broadcast_i64x4(eight));
+    return (power_vec)_mm512_permutexvar_epi32((__m512i)n, _mm512_broadcast_i64x4(eight));
 #elif defined(__AVX2__) && !defined(FN_TYPE_float64)
     const __m256i eight = _mm256_loadu_si256((const __m256i *)exp_eighths);
-    return (whole_vec)_mm256_permutevar8x32_epi32(eight, (__m256i)n);
+    return (power_vec)_mm256_permutevar8x32_epi32(eight, (__m256i)n);
 #else
-    whole_vec bits;
+    power_vec bits;
     for (int j = 0; j < WIDTH; j++) bits[j] = exp_eighths[n[j] & 7];
     return bits;
 #endif
@@ -91,9 +93,9 @@ static inline void exponential(vec *v, const int sign)
     const vec magic = splat((work)1.5 * (work)(1LL << MANTISSA));
     const vec high = splat(LN2_HIGH / 8), low = splat(LN2_LOW / 8);
     vec n[TOGETHER], r[TOGETHER];
-    whole_vec power[TOGETHER];
+    power_vec power[TOGETHER];
     EACH n[j] = v[j] * splat(sign * (work)(8 * 1.4426950408889634)) + magic;
-    EACH power[j] = eighth_of((whole_vec)n[j]) + ((whole_vec)n[j] << (MANTISSA - 3));
+    EACH power[j] = eighth_of((power_vec)n[j]) + ((power_vec)n[j] << (MANTISSA - 3));
     EACH n[j] -= magic;
     EACH r[j] = (sign > 0 ? v[j] - n[j] * high : n[j] * -high - v[j]) - n[j] * low;
     EACH v[j] = splat(exp_powers[HIGHEST]);
