@@ -150,8 +150,10 @@ cdef void map_all(
         map_with(t, at, n, rows, stride, c, next_row, True, FASTNORM_RELU, False, stream)
     elif kind == FASTNORM_RELU:
         map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_RELU, False, stream)
+    elif kind == FASTNORM_NO_ACTIVATION and plus:
+        map_with(t, at, n, rows, stride, c, next_row, True, FASTNORM_NO_ACTIVATION, False, stream)
     elif kind == FASTNORM_NO_ACTIVATION:
-        map_with(t, at, n, rows, stride, c, next_row, plus, FASTNORM_NO_ACTIVATION, False, stream)
+        map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_NO_ACTIVATION, False, stream)
     elif kind == FASTNORM_SILU and not plus:
         map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_SILU, False, stream)
     else:
