@@ -65,7 +65,8 @@ static inline short_vec narrow_all(vec v)
 }
 
 #if defined(__SSE4_1__)
-/* Numbers, one vector behind the other. */
+/* Numbers, one vector behind the other. (Lower halves compared for both vectors at once, two
+ * permutations instead of one and 5 instructions instead of 7, took 1.03 times as long.) */
 static inline two_shorts narrow_numbers(vec a, vec b)
 {
     const bits_vec first = round_numbers(a), second = round_numbers(b);
