@@ -351,7 +351,7 @@ def forward_slices(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
             xs, own, sums, weight, bias, mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g],
             rstd[s * g : (s + 1) * g], sizes[:5], cut, eps, has_mean, False, 0, g,
         )
-        for tile in range(tiles):
+        for tile in range(tiles if y.size > 0 else 0):
             map_tile(xs, ys, own, cut, step, tiles - 1 - tile, streaming != 0)
 
 
@@ -391,10 +391,11 @@ def forward_tiles(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
                 x, coefficients, partial, weight, bias, mean, var, rstd, sizes[:5], cut, eps,
                 has_mean, given != 0, chunk * groups, min(g, (chunk + 1) * groups),
             )
-    for part in prange(threads):
-        for unit in range(part * tiles // threads, (part + 1) * tiles // threads):
-            tile = in_turn(unit, part, threads, tiles, streaming)
-            map_tile(x, y, coefficients, cut, step, tile, streaming != 0)
+    if y.size > 0:
+        for part in prange(threads):
+            for unit in range(part * tiles // threads, (part + 1) * tiles // threads):
+                tile = in_turn(unit, part, threads, tiles, streaming)
+                map_tile(x, y, coefficients, cut, step, tile, streaming != 0)
 
 
 # ---- backward: as in numba_rows, terms of dweight and dbias for each slice ---------------------

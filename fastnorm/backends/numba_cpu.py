@@ -216,6 +216,16 @@ def forward(
         _forward_beside(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean,
                         running_var, momentum, flags, num_threads, fused)
         return
+    _normalize(geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
+               momentum, flags, num_threads)
+
+
+def _normalize(
+    geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
+    num_threads, terms=(),
+):
+    """A forward with nothing beside; of rows also one of x = the sum of two terms. Where y is empty
+    only the statistics are found."""
     plan = forward_plan(geometry, x.dtype, flags, num_threads)
     if mean is None or var is None or rstd is None:
         room = np.empty((3, plan.sets))
@@ -225,11 +235,12 @@ def forward(
         )
     if plan.given:
         mean[:], var[:] = running_mean, running_var
+    shared = plan.large and any(np.may_share_memory(y, array) for array in (x, *terms))
     launch(
-        plan.kernel, plan.threads, _flat(x), _flat(y),
+        rows.forward_sums if terms else plan.kernel, plan.threads, *map(_flat, (*terms, x, y)),
         _parameter(weight, plan.work, plan.channels, 1),
         _parameter(bias, plan.work, plan.channels, 0), mean, var, rstd, plan.sizes, eps,
-        plan.has_mean, int(plan.large and not np.may_share_memory(x, y)),
+        plan.has_mean, int(plan.large and not shared),
     )
     if plan.given or (running_mean is None and running_var is None):
         return
@@ -317,42 +328,35 @@ def _forward_beside(
         masks.forward(forward, geometry, x, y, weight, bias, eps, (mean, var, rstd),
                       (running_mean, running_var), momentum, flags, num_threads, fused)
         return
-    residual = None
+    terms, residual = (), fused.residual
     if fused.sum is not None:
-        x = np.add(x, fused.residual, out=fused.sum)
-    elif fused.residual is not None:
-        residual = _apart(fused.residual, y)
-    finishes = fused.activation or residual is not None
-    again = x.itemsize == 2 and finishes
-    if again:
-        x = _apart(x, y)
-        room = np.empty((2, geometry.b * geometry.g * geometry.s))
-        mean, rstd = (
+        terms, x, residual = (x, residual), fused.sum, None
+    mapped = bool(fused.activation or residual is not None)
+    if mapped:
+        room = np.empty((3, geometry.b * geometry.g * geometry.s))
+        mean, var, rstd = (
             own if array is None else array
-            for own, array in zip(room, (mean, rstd), strict=True)
+            for own, array in zip(room, (mean, var, rstd), strict=True)
         )
-    forward(geometry, x, y, weight, bias, eps, mean, var, rstd, *last)
-    if not finishes:
-        return
-    has_residual = int(residual is not None)
-    beside = _flat(residual) if has_residual else _flat(x)
-    if again:
-        _finish_again(geometry, x, x, beside, weight, bias, y, mean, rstd, fused, has_residual,
-                      num_threads, 0)
-    else:
-        threads = threads_of(num_threads, 2 * x.nbytes)
-        launch(after.finish, threads, _flat(y), beside, fused.activation, fused.slope, has_residual)
+    _normalize(geometry, x, x.reshape(-1)[:0] if mapped else y, weight, bias, eps, mean, var, rstd,
+               *last, terms)
+    if mapped:
+        _map_fused(geometry, None, x, residual, weight, bias, y, mean, rstd, fused, num_threads)
 
 
-def _finish_again(geometry, dy, x, beside, weight, bias, into, mean, rstd, fused, has_residual,
-                  num_threads, is_backward):
+def _map_fused(geometry, dy, x, residual, weight, bias, into, mean, rstd, fused, num_threads):
+    """The map of a forward; of a backward with dy."""
     work, channels = TABLE[x.dtype].work, geometry.g * geometry.k
+    arrays = [array for array in (dy, x, residual, into) if array is not None]
+    moved = len(arrays) * x.nbytes
+    streaming = dy is None and moved > _last_level_bytes() // 8 * 5 and not any(
+        np.may_share_memory(into, array) for array in arrays[:-1])
     launch(
-        after.finish_again, threads_of(num_threads, (2 + is_backward) * x.nbytes), _flat(dy),
-        _flat(x), beside, _parameter(weight, work, channels, 1),
-        _parameter(bias, work, channels, 0), _flat(into), after.room_for_z(geometry, work),
-        _flat(mean), _flat(rstd), geometry[:5], fused.activation, fused.slope, has_residual,
-        is_backward,
+        after.kernel_of(geometry), threads_of(num_threads, moved), _flat(x if dy is None else dy),
+        _flat(x), _flat(x if residual is None else residual), _parameter(weight, work, channels, 1),
+        _parameter(bias, work, channels, 0), _flat(into), _flat(mean), _flat(rstd),
+        geometry[:5], fused.activation, fused.slope, int(residual is not None),
+        int(dy is not None), int(streaming),
     )
 
 
@@ -376,10 +380,9 @@ def _backward_beside(
     dsum = _apart(fused.dsum, dx)
     if fused.activation:
         dz = dx if fused.dresidual is None else fused.dresidual
-        has_residual = int(fused.residual is not None)
         found = np.zeros(rstd.size) if flags & NO_MEAN else mean
-        _finish_again(geometry, dy, x, _flat(fused.residual) if has_residual else _flat(x), weight,
-                      fused.bias, dz, found, rstd, fused, has_residual, num_threads, 1)
+        _map_fused(geometry, dy, x, fused.residual, weight, fused.bias, dz, found, rstd, fused,
+                   num_threads)
         dy = dz
     backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads)
     if dsum is not None:

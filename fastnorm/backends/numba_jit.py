@@ -29,13 +29,15 @@ PARALLEL.enabled = PARALLEL.prange = PARALLEL.numpy = True
 # Without Numba's counting of references, which each slice of an array would pay with two atomic
 # operations (1.3 to 1.4 times faster at rows of 96). What allocates an array needs it.
 UNCOUNTED = {"_nrt": False}
+# Never called from Python: compiling takes less without.
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 # LLVM would leave some of them calls, with seven arguments for each array (1.4 to 1.7 times as long
 # at rows of 96, 1.5 times at sets of 49).
-inlined = njit(forceinline=True, **OPTIONS, **UNCOUNTED)
+inlined = njit(forceinline=True, **INNER, **OPTIONS, **UNCOUNTED)
 # What is called once for many values, and would be compiled again at every place.
-called = njit(**OPTIONS, **UNCOUNTED)
-allocating = njit(**OPTIONS)
+called = njit(**INNER, **OPTIONS, **UNCOUNTED)
+allocating = njit(**INNER, **OPTIONS)
 
 KERNELS = []
 
@@ -60,7 +62,8 @@ def _named(function, build):
     return named
 
 
-# (x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming)
+# (x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming); where y is empty only the
+# statistics are wanted
 FORWARD = "xxaa ddd t fnn"
 # (dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given, streaming); terms
 # is room for each part's dweight and dbias

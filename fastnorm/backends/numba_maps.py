@@ -50,6 +50,12 @@ def affine_products(x, dy, hi, scale, shift, dscale):
 
 
 @inlined
+def add_runs(a, b, x):
+    for j in range(x.size):
+        put(x, j, at(a, j) + at(b, j))
+
+
+@inlined
 def fill_run(x, y, hi, scale, shift):
     for j in range(x.size):
         put(y, j, affine(at(x, j), hi, scale, shift))

@@ -9,7 +9,13 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, called, inlined, kernel
-from fastnorm.backends.numba_maps import map_products, map_run, map_run_weighted, map_weighted_rows
+from fastnorm.backends.numba_maps import (
+    add_runs,
+    map_products,
+    map_run,
+    map_run_weighted,
+    map_weighted_rows,
+)
 from fastnorm.backends.numba_simd import rounded
 from fastnorm.backends.numba_words import (
     backward_terms,
@@ -61,7 +67,7 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
         var[set_] = found[1]
         rstd[set_] = reciprocal_deviation(found[1], eps)
         hi = rounded(x, found[0])
-        for c in range(k):
+        for c in range(k if y.size > 0 else 0):
             channel = set_ % g * k + c
             scale, shift = forward_terms(
                 found[0], float64(hi), rstd[set_], float64(weight[channel]), float64(bias[channel])
@@ -74,25 +80,44 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
                 )
 
 
+@inlined
+def forward_row(x, y, weight, bias, mean, var, rstd, set_, sizes, eps, has_mean, streaming):
+    """A set where i == o == 1: a weight for each place."""
+    _, _, g, k, _ = sizes
+    at = set_ * k
+    about = sample(x, at, 0, 1, k) if has_mean else rounded(x, 0)
+    s, q = run_sums(x[at : at + k], about)
+    found = statistics(x, at, 0, 1, k, about, s, q, has_mean)
+    mean[set_] = found[0]
+    var[set_] = found[1]
+    rstd[set_] = reciprocal_deviation(found[1], eps)
+    if y.size == 0:
+        return
+    hi = rounded(x, found[0])
+    scale, shift = forward_terms(found[0], float64(hi), rstd[set_], 1.0, 0.0)
+    w = set_ % g * k
+    map_run_weighted(
+        x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
+        rounded(x, scale), rounded(x, shift), streaming,
+    )
+
+
 @kernel(FORWARD)
 def forward_elements(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
-    """forward_sets where i == o == 1: a weight for each place."""
+    b, _, g, _, _ = sizes
+    for set_ in prange(b * g):
+        forward_row(x, y, weight, bias, mean, var, rstd, set_, sizes, eps, has_mean, streaming)
+
+
+@kernel("xx" + FORWARD)
+def forward_sums(first, second, x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean,
+                 streaming):
+    """forward_elements of x = first + second, which is written."""
     b, _, g, k, _ = sizes
     for set_ in prange(b * g):
-        at = set_ * k
-        about = sample(x, at, 0, 1, k) if has_mean else rounded(x, 0)
-        s, q = run_sums(x[at : at + k], about)
-        found = statistics(x, at, 0, 1, k, about, s, q, has_mean)
-        mean[set_] = found[0]
-        var[set_] = found[1]
-        rstd[set_] = reciprocal_deviation(found[1], eps)
-        hi = rounded(x, found[0])
-        scale, shift = forward_terms(found[0], float64(hi), rstd[set_], 1.0, 0.0)
-        w = set_ % g * k
-        map_run_weighted(
-            x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
-            rounded(x, scale), rounded(x, shift), streaming,
-        )
+        own = slice(set_ * k, (set_ + 1) * k)
+        add_runs(first[own], second[own], x[own])
+        forward_row(x, y, weight, bias, mean, var, rstd, set_, sizes, eps, has_mean, streaming)
 
 
 @inlined
@@ -131,23 +156,56 @@ def finish_pieces(x, about, partial, mean, var, set_, sizes, has_mean):
     )
 
 
-@called
-def start_runs(weight, bias, mean, var, rstd, sizes, eps, coefficients):
-    """coefficients = hi, scale and shift of each channel of each b."""
-    b, _, g, k, _ = sizes
-    for set_ in range(b * g):
+@inlined
+def invert_deviations(var, rstd, eps):
+    for set_ in range(var.size):
         rstd[set_] = reciprocal_deviation(var[set_], eps)
-        coefficients[0, set_ * k : (set_ + 1) * k] = mean[set_]
-        for c in range(set_ * k, (set_ + 1) * k):
-            channel = c % (g * k)
-            coefficients[1, c], coefficients[2, c] = forward_terms(
-                mean[set_], float64(coefficients[0, c]), rstd[set_], float64(weight[channel]),
-                float64(bias[channel]),
-            )
+
+
+# Loops over neighbouring channels, of which LLVM makes vectors.
 
 
 @inlined
-def map_runs(x, y, coefficients, unit, sizes, streaming):
+def terms_of_set(hi, scale, shift, weight, bias, mean, rstd):
+    for c in range(hi.size):
+        hi[c] = mean
+    near = float64(hi[0])
+    for c in range(scale.size):
+        scale[c] = forward_terms(mean, near, rstd, float64(weight[c]), float64(bias[c]))[0]
+    for c in range(shift.size):
+        shift[c] = forward_terms(mean, near, rstd, float64(weight[c]), float64(bias[c]))[1]
+
+
+@inlined
+def terms_of_sets(hi, scale, shift, weight, bias, mean, rstd):
+    for c in range(hi.size):
+        hi[c] = mean[c]
+    for c in range(scale.size):
+        scale[c] = forward_terms(mean[c], 0.0, rstd[c], float64(weight[c]), 0.0)[0]
+    for c in range(shift.size):
+        shift[c] = forward_terms(
+            mean[c], float64(hi[c]), rstd[c], float64(weight[c]), float64(bias[c])
+        )[1]
+
+
+@called
+def start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift):
+    """hi, scale and shift of each channel of each b."""
+    b, _, g, k, _ = sizes
+    for first in range(0, b * g, g if k == 1 else 1):
+        own = slice(first * k, first * k + (g if k == 1 else k))
+        w = slice(own.start % (g * k), own.start % (g * k) + own.stop - own.start)
+        if k == 1:
+            sets = slice(first, first + g)
+            terms_of_sets(hi[own], scale[own], shift[own], weight[w], bias[w], mean[sets],
+                          rstd[sets])
+        else:
+            terms_of_set(hi[own], scale[own], shift[own], weight[w], bias[w], mean[first],
+                         rstd[first])
+
+
+@inlined
+def map_runs(x, y, hi, scale, shift, unit, sizes, streaming):
     """Some short runs of a sample, in their order in memory, or a piece of a long one."""
     _, o, g, k, i = sizes
     channels = g * k
@@ -160,8 +218,8 @@ def map_runs(x, y, coefficients, unit, sizes, streaming):
         at = (sample_ * channels + channel) * i
         first, stop = at + piece * i // pieces, at + (piece + 1) * i // pieces
         map_run(
-            x[first:stop], y[first:stop], coefficients[0, own + channel],
-            coefficients[1, own + channel], coefficients[2, own + channel], streaming,
+            x[first:stop], y[first:stop], hi[own + channel], scale[own + channel],
+            shift[own + channel], streaming,
         )
 
 
@@ -187,20 +245,28 @@ def forward_pieces(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
         sum_piece(x, about, partial, unit, sizes)
     for set_ in prange(b * g):
         finish_pieces(x, about, partial, mean, var, set_, sizes, has_mean)
-    coefficients = np.empty((3, b * g * k), weight.dtype)
-    start_runs(weight, bias, mean, var, rstd, sizes, eps, coefficients)
-    for unit in prange(units_of_map(sizes)):
-        map_runs(x, y, coefficients, unit, sizes, streaming)
+    hi = np.empty(b * g * k, weight.dtype)
+    scale = np.empty(b * g * k, weight.dtype)
+    shift = np.empty(b * g * k, weight.dtype)
+    invert_deviations(var, rstd, eps)
+    start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift)
+    if y.size > 0:
+        for unit in prange(units_of_map(sizes)):
+            map_runs(x, y, hi, scale, shift, unit, sizes, streaming)
 
 
 @kernel(FORWARD, allocates=True)
 def forward_given(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Only the map, by the given mean and var."""
     b, _, g, k, _ = sizes
-    coefficients = np.empty((3, b * g * k), weight.dtype)
-    start_runs(weight, bias, mean, var, rstd, sizes, eps, coefficients)
-    for unit in prange(units_of_map(sizes)):
-        map_runs(x, y, coefficients, unit, sizes, streaming)
+    hi = np.empty(b * g * k, weight.dtype)
+    scale = np.empty(b * g * k, weight.dtype)
+    shift = np.empty(b * g * k, weight.dtype)
+    invert_deviations(var, rstd, eps)
+    start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift)
+    if y.size > 0:
+        for unit in prange(units_of_map(sizes)):
+            map_runs(x, y, hi, scale, shift, unit, sizes, streaming)
 
 
 # ---- backward: dx, and for each (set, channel) its terms of dweight and dbias --------------------

@@ -25,11 +25,25 @@ class Vector(types.Type):
         super().__init__(f"vector({element} x {self.lanes})")
 
 
+class Mask(types.Type):
+    """What comparing two vectors gives."""
+
+    def __init__(self, lanes):
+        self.lanes = lanes
+        super().__init__(f"mask({lanes})")
+
+
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
         element = manager.lookup(kind.element).get_value_type()
         super().__init__(manager, kind, ir.VectorType(element, kind.lanes))
+
+
+@register_model(Mask)
+class MaskModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.lanes))
 
 
 def _pointer(context, builder, array_type, array, index, vector):
@@ -50,18 +64,38 @@ def address(_typing, array):
     return types.intp(array), build
 
 
+def _splat(builder, value, lanes):
+    zero = ir.Constant(ir.IntType(32), 0)
+    vector = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    one = builder.insert_element(vector, value, zero)
+    order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(one, one, order)
+
+
 @intrinsic
 def splat(_typing, value):
     kind = Vector(value)
 
-    def build(context, builder, _signature, arguments):
-        vector = context.get_value_type(kind)
-        zero = ir.Constant(ir.IntType(32), 0)
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[0], zero)
-        order = ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), [0] * kind.lanes)
-        return builder.shuffle_vector(one, one, order)
+    def build(_context, builder, _signature, arguments):
+        return _splat(builder, arguments[0], kind.lanes)
 
     return kind(value), build
+
+
+def _common(a, b):
+    """The type of both, where one may be a number beside a vector; or None."""
+    if isinstance(a, Vector) and b in (a, a.element):
+        return a
+    if isinstance(b, Vector) and a == b.element:
+        return b
+    return None
+
+
+def _alike(builder, kind, values):
+    return [
+        value if isinstance(value.type, ir.VectorType) else _splat(builder, value, kind.lanes)
+        for value in values
+    ]
 
 
 # ---- elements of 16 bits: uint16 are the bits of float16, int16 those of bfloat16 ----------------
@@ -195,22 +229,25 @@ def rounded(_typing, array, value):
 
 @intrinsic
 def choose(_typing, condition, a, b):
-    """a if condition else b, both computed: a branch can keep a loop from becoming vectors."""
+    """a if condition else b, of numbers or lane by lane."""
+    kind = _common(a, b)
 
     def build(_context, builder, _signature, arguments):
-        return builder.select(*arguments)
+        values = arguments[1:] if kind is None else _alike(builder, kind, arguments[1:])
+        return builder.select(arguments[0], *values)
 
-    return a(types.boolean, a, a), build
+    return (a(types.boolean, a, a) if kind is None else kind(condition, a, b)), build
 
 
 @intrinsic
 def power_of_two(_typing, value):
-    """The lowest bits of a number as the exponent of another."""
-    mantissa = 23 if value.bitwidth == 32 else 52
+    """The lowest bits of numbers as the exponents of others."""
+    number = value.element if isinstance(value, Vector) else value
+    mantissa = 23 if number.bitwidth == 32 else 52
 
     def build(_context, builder, _signature, arguments):
-        whole = ir.IntType(value.bitwidth)
-        bits = builder.shl(builder.bitcast(arguments[0], whole), ir.Constant(whole, mantissa))
+        whole = _shaped(ir.IntType(number.bitwidth), arguments[0].type)
+        bits = builder.shl(builder.bitcast(arguments[0], whole), _all(whole, mantissa))
         return builder.bitcast(bits, arguments[0].type)
 
     return value(value), build
@@ -228,6 +265,39 @@ def on_grid(_typing, array, value):
         return _widen(builder, array.dtype, _narrow(builder, array.dtype, arguments[1]))
 
     return work(array, work), build
+
+
+@intrinsic
+def load_part(_typing, array, index, count):
+    """load of so many values; the other lanes are 0."""
+    kind = Vector(work_of(array.dtype))
+
+    def build(context, builder, _signature, arguments):
+        stored = ir.VectorType(context.get_value_type(array.dtype), kind.lanes)
+        room = cgutils.alloca_once(builder, stored)
+        builder.store(ir.Constant(stored, None), room)
+        element = _pointer(context, builder, array, *arguments[:2], stored)
+        cgutils.raw_memcpy(builder, room, element, arguments[2], array.dtype.bitwidth // 8)
+        return _read(builder, array.dtype, room)
+
+    return kind(array, types.intp, types.intp), build
+
+
+@intrinsic
+def store_part(_typing, array, index, count, value):
+    """store of the first so many lanes."""
+
+    def build(context, builder, _signature, arguments):
+        bits = arguments[3]
+        if array.dtype in SHORT:
+            bits = _narrow(builder, array.dtype, bits)
+        room = cgutils.alloca_once(builder, bits.type)
+        builder.store(bits, room)
+        element = _pointer(context, builder, array, *arguments[:2], bits.type)
+        cgutils.raw_memcpy(builder, element, room, arguments[2], array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, value), build
 
 
 def _storing(aligned, past_the_caches):
@@ -276,22 +346,25 @@ def fold(_typing, value):
     return types.float64(value), build
 
 
-def _arithmetic(operation, instruction):
+def _operator(operation, instruction, *condition):
     @intrinsic
     def apply(_typing, a, b):
-        def build(_context, builder, _signature, arguments):
-            return getattr(builder, instruction)(*arguments)
+        kind = _common(a, b)
 
-        return a(a, b), build
+        def build(_context, builder, _signature, arguments):
+            values = _alike(builder, kind, arguments)
+            return getattr(builder, instruction)(*condition, *values)
+
+        return (Mask(kind.lanes) if condition else kind)(a, b), build
 
     @overload(operation)
     def for_vectors(a, b):
-        if isinstance(a, Vector) and a == b:
-            return lambda a, b: apply(a, b)
-        return None
+        return None if _common(a, b) is None else lambda a, b: apply(a, b)
 
 
-for _operation, _instruction in (
-    (operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")
+for _operation, *_instruction in (
+    (operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"), (operator.lt, "fcmp_ordered", "<"),
+    (operator.le, "fcmp_ordered", "<="), (operator.gt, "fcmp_ordered", ">"),
 ):
-    _arithmetic(_operation, _instruction)
+    _operator(_operation, *_instruction)

@@ -104,11 +104,12 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
                 mean[set_], float64(terms[0, c]), rstd[set_], float64(weight[set_]),
                 float64(bias[set_]),
             )
-        spread(terms[0], i, hi)
-        spread(terms[1], i, scale)
-        spread(terms[2], i, shift)
-        at = first * i
-        map_rows(x[at:], y[at:], o, stride, hi, scale, shift, STEP, streaming)
+        if y.size > 0:
+            spread(terms[0], i, hi)
+            spread(terms[1], i, scale)
+            spread(terms[2], i, shift)
+            at = first * i
+            map_rows(x[at:], y[at:], o, stride, hi, scale, shift, STEP, streaming)
 
 
 @kernel(BACKWARD, allocates=True)
