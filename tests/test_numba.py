@@ -103,6 +103,7 @@ def test_the_same_bits_on_every_number_of_threads(norm, layout):
             common["layout"] = layout
             y, stats = fastnorm.batch_norm(x, training=True, return_stats=True, **common)
             gradients = fastnorm.batch_norm_backward(dy, x, stats, **common)
+            gradients += fastnorm.batch_norm(x, training=True, activation="silu", **common),
         found.append((y, stats.mean, stats.var, *gradients))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
@@ -224,12 +225,18 @@ def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
             gradients = fastnorm.batch_norm_backward(dy, x, stats, out=out, **both)
             found.extend(gradient.copy() for gradient in gradients)
             found.append(fastnorm.batch_norm(x, stats.mean, stats.var, out=out, **both).copy())
-        for axis in {1, len(shape) - 1}:
+            both |= {"residual": dy, "out": out}
+            for activation in (None, "relu", "silu"):
+                y = fastnorm.batch_norm(x, training=True, activation=activation, **both)
+                found.append(y.copy())
+        for axis in sorted({1, len(shape) - 1}):
             both = common | {"axis": axis, "out": out, "backend": "numba"}
             y, stats = fastnorm.layer_norm(x, shape[axis], return_stats=True, **both)
             found.append(y.copy())
             gradients = fastnorm.layer_norm_backward(dy, x, stats, shape[axis], **both)
             found.extend(gradient.copy() for gradient in gradients)
+        both |= {"residual": dy, "activation": "relu"}  # the last axis
+        found.extend(part.copy() for part in fastnorm.layer_norm(x, shape[-1], **both))
         return found
 
     def plan_again():

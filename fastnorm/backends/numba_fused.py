@@ -10,7 +10,7 @@ memory does.)
 from math import erfc
 
 import numpy as np
-from numba import float64, prange, types
+from numba import float64, prange
 from numba.extending import overload
 
 from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, RELU, SILU
@@ -18,14 +18,14 @@ from fastnorm.backends.numba_jit import OPTIONS, called, inlined, kernel
 from fastnorm.backends.numba_maps import affine, streamed
 from fastnorm.backends.numba_rows import pieces_of, start_runs
 from fastnorm.backends.numba_simd import (
-    at,
     bytes_of,
     choose,
     lanes,
+    lanewise,
     load,
     load_part,
+    polynomial,
     power_of_two,
-    put,
     rounded,
     store,
     store_part,
@@ -47,15 +47,6 @@ ERFC = (0.00033373589390861394, -0.00020790912059481927, -0.0020487347604965729,
         -0.046874888178861336, 0.047343106290901012, 0.67264221715548793, -0.67179407605433415)
 
 
-def _polynomial(powers):
-    """Of these constants, by Horner's scheme: a loop over them would not be unrolled."""
-    lowest = powers[-1]
-    if len(powers) == 1:
-        return inlined(lambda x: lowest)
-    higher = _polynomial(powers[:-1])
-    return inlined(lambda x: higher(x) * x + lowest)
-
-
 # ---- runs ----------------------------------------------------------------------------------------
 #
 # `arrays` are (x, residual, dy, y) of a run, y also the gradient in front of the activation;
@@ -65,102 +56,57 @@ def _polynomial(powers):
 _INLINED = OPTIONS | {"forceinline": True}
 
 
-def _reading(read):
-    """A function of term and place, and of how many: of an array, or of a number for all."""
+def _input(read):
+    """z of a vector."""
 
-    def term(term, j, count):
-        pass
-
-    @overload(term, jit_options=_INLINED)
-    def read_term(term, j, count):
-        if isinstance(term, types.Array):
-            return lambda term, j, count: read(term, j, count)
-        return lambda term, j, count: term
-
-    return term
-
-
-_one = _reading(inlined(lambda array, j, count: at(array, j)))
-_line = _reading(inlined(lambda array, j, count: load(array, j)))
-_part = _reading(inlined(lambda array, j, count: load_part(array, j, count)))
-
-
-def _weighting(read):
-    """A function of z and terms, of which the last two may be left out."""
-
-    def weighted(z, terms, j, count):
+    def weighted(z, terms, place):
         pass
 
     @overload(weighted, jit_options=_INLINED)
-    def weigh(z, terms, j, count):
+    def weigh(z, terms, place):
         if len(terms) == 3:
-            return lambda z, terms, j, count: z
-        return lambda z, terms, j, count: (
-            z * read(terms[3], j, count) + read(terms[4], j, count))
-
-    return weighted
-
-
-def _over_run(forward, backward, as_vectors=True):
-    """A function of a run that has these of z, or of z and dy."""
-
-    def found(read):
-        weighted = _weighting(read)
-
-        @inlined
-        def value(arrays, terms, slope, how, j, count):
-            x, residual, dy, _ = arrays
-            z = affine(read(x, j, count), read(terms[0], j, count), read(terms[1], j, count),
-                       read(terms[2], j, count))
-            z = weighted(z, terms, j, count)
-            if how[0]:
-                z = z + read(residual, j, count)
-            return backward(z, read(dy, j, count), slope) if how[1] else forward(z, slope)
-
-        return value
-
-    one, line, part = found(_one), found(_line), found(_part)
-
-    @called
-    def end(arrays, terms, slope, how, first, count):
-        store_part(arrays[3], first, count, part(arrays, terms, slope, how, first, count))
+            return lambda z, terms, place: z
+        return lambda z, terms, place: z * read(terms[3], place) + read(terms[4], place)
 
     @inlined
-    def vectors(arrays, terms, slope, how):
-        y = arrays[3]
-        width = lanes(y)
-        first, stop = streamed(y) if how[2] else (0, 0)
-        past = first < stop
-        if not past:
-            first, stop = 0, y.size - y.size % width
-        if first > 0:
-            end(arrays, terms, slope, how, 0, first)
-        for j in range(first, stop, width):
-            value = line(arrays, terms, slope, how, j, width)
+    def find(arrays, terms, has_residual, place):
+        z = affine(read(arrays[0], place), read(terms[0], place), read(terms[1], place),
+                   read(terms[2], place))
+        z = weighted(z, terms, place)
+        return z + read(arrays[1], place) if has_residual else z
+
+    return find
+
+
+input_of_line, input_of_part = _input(load), _input(load_part)
+
+
+def _over_lines(activated):
+    """A function of whole vectors of a run."""
+
+    @inlined
+    def lines(arrays, terms, slope, how, first, stop):
+        has_residual, backward, past = how
+        for j in range(first, stop, lanes(arrays[3])):
+            z = input_of_line(arrays, terms, has_residual, j)
+            found = activated(z, load(arrays[2], j), slope, backward)
             if past:
-                stream(y, j, value)
+                stream(arrays[3], j, found)
             else:
-                store(y, j, value)
-        if stop < y.size:
-            end(arrays, terms, slope, how, stop, y.size - stop)
+                store(arrays[3], j, found)
 
-    @inlined
-    def numbers(arrays, terms, slope, how):
-        for j in range(arrays[3].size):
-            put(arrays[3], j, one(arrays, terms, slope, how, j, 1))
-
-    return vectors if as_vectors else numbers
+    return lines
 
 
 def _activations(number, powers, far, mantissa, bias, ln2_high, ln2_low):
-    """map_line in the working type `number`."""
+    """map_fused_run in the working type `number`."""
     zero, half, one, two, far = (number(value) for value in (0, 0.5, 1, 2, far))
     log2e, ln2_high, ln2_low = (number(value) for value in (1.4426950408889634, ln2_high, ln2_low))
     magic = number(1.5 * 2.0**mantissa + bias)  # adding it rounds to a whole number
     scale, cube, cube3 = (number(value) for value in (1.5957691216057308, 0.044715, 3 * 0.044715))
     root_half, density = number(0.7071067811865476), number(0.3989422804014327)
-    power_series = _polynomial([number(power) for power in powers])
-    erfc_series = _polynomial([number(power) for power in ERFC])
+    power_series = polynomial(powers)
+    erfc_series = polynomial(ERFC)
 
     @inlined
     def at_least(v):
@@ -187,18 +133,14 @@ def _activations(number, powers, far, mantissa, bias, ln2_high, ln2_low):
         return s, away * s
 
     @inlined
-    def exact_normal_cdf(v):
-        return 0.5 * erfc(-0.7071067811865476 * v)
-
-    @inlined
     def series_normal_cdf(v):
         x = choose(v < zero, zero - v, v) * root_half
         t = two / (two + x)
         tail = half * t * exponential(within(erfc_series(two * t - one) - x * x))
         return choose(v > zero, one - tail, tail)
 
-    vectors_of_cdf = number is np.float32
-    normal_cdf = series_normal_cdf if vectors_of_cdf else exact_normal_cdf
+    exact_normal_cdf = lanewise(lambda v: 0.5 * erfc(-0.7071067811865476 * v))
+    normal_cdf = series_normal_cdf if number is np.float32 else exact_normal_cdf
 
     # (gate, its derivative) of an activation z*gate(z); (1 + tanh(a))/2 is sigmoid(2a).
 
@@ -216,72 +158,99 @@ def _activations(number, powers, far, mantissa, bias, ln2_high, ln2_low):
         s, rest = sigmoid(within(scale * z * (one + cube * z * z)))
         return s, s * rest * scale * (one + cube3 * z * z)
 
-    def gated(gate, as_vectors=True):
+    def gated(gate):
         @inlined
-        def forward(z, slope):
-            return at_least(z) * gate(within(z))[0]
-
-        @inlined
-        def backward(z, dy, slope):
+        def activated(z, dy, slope, backward):
             v = within(z)
             found, change = gate(v)
-            return dy * (found + v * change)
+            return dy * (found + v * change) if backward else at_least(z) * found
 
-        return _over_run(forward, backward, as_vectors)
+        return activated
 
     def kinked(below):
         """Of slope 1, and of another below 0."""
 
         @inlined
-        def forward(z, slope):
-            return choose(z <= zero, below(z, slope), z)
+        def activated(z, dy, slope, backward):
+            value = dy if backward else z
+            return choose(z <= zero, below(value, slope), value)
 
-        @inlined
-        def backward(z, dy, slope):
-            return choose(z <= zero, below(dy, slope), dy)
+        return activated
 
-        return _over_run(forward, backward)
-
+    identity = inlined(lambda z, dy, slope, backward: dy if backward else z)
     relu = kinked(inlined(lambda v, slope: zero))
     leaky_relu = kinked(inlined(lambda v, slope: v * slope))
-    silu, gelu_tanh = gated(silu_gate), gated(gelu_tanh_gate)
-    gelu = gated(gelu_gate, vectors_of_cdf)
-    identity = _over_run(inlined(lambda z, slope: z), inlined(lambda z, dy, slope: dy))
+    silu, gelu, gelu_tanh = gated(silu_gate), gated(gelu_gate), gated(gelu_tanh_gate)
+    lines_of_identity, lines_of_relu = _over_lines(identity), _over_lines(relu)
+    lines_of_leaky_relu, lines_of_silu = _over_lines(leaky_relu), _over_lines(silu)
+    lines_of_gelu, lines_of_gelu_tanh = _over_lines(gelu), _over_lines(gelu_tanh)
 
     @called
-    def line(arrays, terms, kind, slope, how):
-        slope = number(slope)
+    def activated(z, dy, kind, slope, backward):
         if kind == RELU:
-            relu(arrays, terms, slope, how)
+            return relu(z, dy, slope, backward)
+        if kind == LEAKY_RELU:
+            return leaky_relu(z, dy, slope, backward)
+        if kind == SILU:
+            return silu(z, dy, slope, backward)
+        if kind == GELU:
+            return gelu(z, dy, slope, backward)
+        if kind == GELU_TANH:
+            return gelu_tanh(z, dy, slope, backward)
+        return identity(z, dy, slope, backward)
+
+    @called
+    def ends(arrays, terms, kind, slope, how, first, stop):
+        width = lanes(arrays[3])
+        for j in range(first, stop, width):
+            place = j, min(width, stop - j)
+            z = input_of_part(arrays, terms, how[0], place)
+            dy = load_part(arrays[2], place)
+            store_part(arrays[3], place, activated(z, dy, kind, slope, how[1]))
+
+    @called
+    def run(arrays, terms, kind, slope, how):
+        y, slope = arrays[3], number(slope)
+        first, stop = streamed(y) if how[2] else (0, 0)
+        past = first < stop
+        if not past:
+            first, stop = 0, y.size - y.size % lanes(y)
+        how = how[0], how[1], past
+        if first > 0:
+            ends(arrays, terms, kind, slope, how, 0, first)
+        if kind == RELU:
+            lines_of_relu(arrays, terms, slope, how, first, stop)
         elif kind == LEAKY_RELU:
-            leaky_relu(arrays, terms, slope, how)
+            lines_of_leaky_relu(arrays, terms, slope, how, first, stop)
         elif kind == SILU:
-            silu(arrays, terms, slope, how)
+            lines_of_silu(arrays, terms, slope, how, first, stop)
         elif kind == GELU:
-            gelu(arrays, terms, slope, how)
+            lines_of_gelu(arrays, terms, slope, how, first, stop)
         elif kind == GELU_TANH:
-            gelu_tanh(arrays, terms, slope, how)
+            lines_of_gelu_tanh(arrays, terms, slope, how, first, stop)
         else:
-            identity(arrays, terms, slope, how)
+            lines_of_identity(arrays, terms, slope, how, first, stop)
+        if stop < y.size:
+            ends(arrays, terms, kind, slope, how, stop, y.size)
 
-    return line
+    return run
 
 
-_LINES = {
+_RUNS = {
     32: _activations(np.float32, EXP32, 88, 23, 127, 0.693359375, -2.12194440e-4),
     64: _activations(np.float64, EXP64, 709, 52, 1023, 6.93147180369123816490e-01,
                   1.90821492927058770002e-10),
 }
 
 
-def map_line(arrays, terms, kind, slope, how):
+def map_fused_run(arrays, terms, kind, slope, how):
     """y of a run."""
 
 
-@overload(map_line, jit_options=_INLINED)
-def _map_line(arrays, terms, kind, slope, how):
-    line = _LINES[getattr(terms[0], "dtype", terms[0]).bitwidth]
-    return lambda arrays, terms, kind, slope, how: line(arrays, terms, kind, slope, how)
+@overload(map_fused_run, jit_options=_INLINED)
+def _map_fused_run(arrays, terms, kind, slope, how):
+    run = _RUNS[getattr(terms[0], "dtype", terms[0]).bitwidth]
+    return lambda arrays, terms, kind, slope, how: run(arrays, terms, kind, slope, how)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -314,8 +283,8 @@ def map_fused_runs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind,
             run, piece = unit // pieces, unit % pieces
             own = slice(run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces)
             channel = run // (o * channels) * channels + run % channels
-            map_line((x[own], residual[own], dy[own], into[own]),
-                     (hi[channel], scale[channel], shift[channel]), kind, slope, how)
+            map_fused_run((x[own], residual[own], dy[own], into[own]),
+                          (hi[channel], scale[channel], shift[channel]), kind, slope, how)
 
 
 @inlined
@@ -364,8 +333,8 @@ def map_fused_slabs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind
             at = (sample_ * o + row * copies) * channels * i + slab * most * i
             n = min(width, end - at)
             run = slice(at, at + n)
-            map_line((x[run], residual[run], dy[run], into[run]),
-                     (terms[0][:n], terms[1][:n], terms[2][:n]), kind, slope, how)
+            map_fused_run((x[run], residual[run], dy[run], into[run]),
+                          (terms[0][:n], terms[1][:n], terms[2][:n]), kind, slope, how)
 
 
 @kernel(LETTERS)
@@ -378,5 +347,5 @@ def map_fused_elements(dy, x, residual, weight, bias, into, mean, rstd, sizes, k
         own, w = slice(set_ * k, (set_ + 1) * k), slice(set_ % g * k, (set_ % g + 1) * k)
         hi = rounded(x, mean[set_])
         scale, shift = forward_terms(mean[set_], float64(hi), rstd[set_], 1.0, 0.0)
-        map_line((x[own], residual[own], dy[own], into[own]),
-                 (hi, rounded(x, scale), rounded(x, shift), weight[w], bias[w]), kind, slope, how)
+        terms = hi, rounded(x, scale), rounded(x, shift), weight[w], bias[w]
+        map_fused_run((x[own], residual[own], dy[own], into[own]), terms, kind, slope, how)

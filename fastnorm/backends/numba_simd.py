@@ -173,9 +173,18 @@ def bytes_of(_typing, array):
     return types.intp(array), build
 
 
+def _same(_context, _builder, _signature, arguments):
+    return arguments[0]
+
+
+# Of a number instead of an array, these are the number.
+
+
 @intrinsic
 def load(_typing, array, index):
     """The vector of values at array[index], at any address."""
+    if isinstance(array, types.Float):
+        return array(array, index), _same
     kind = Vector(work_of(array.dtype))
 
     def build(context, builder, _signature, arguments):
@@ -187,8 +196,29 @@ def load(_typing, array, index):
 
 
 @intrinsic
+def load_part(_typing, array, place):
+    """load at place[0] of place[1] values, at most a vector; the other lanes are 0."""
+    if isinstance(array, types.Float):
+        return array(array, place), _same
+    kind = Vector(work_of(array.dtype))
+
+    def build(context, builder, _signature, arguments):
+        index, count = cgutils.unpack_tuple(builder, arguments[1])
+        stored = ir.VectorType(context.get_value_type(array.dtype), kind.lanes)
+        room = cgutils.alloca_once(builder, stored)
+        builder.store(ir.Constant(stored, None), room)
+        element = _pointer(context, builder, array, arguments[0], index, stored)
+        cgutils.raw_memcpy(builder, room, element, count, array.dtype.bitwidth // 8)
+        return _read(builder, array.dtype, room)
+
+    return kind(array, place), build
+
+
+@intrinsic
 def at(_typing, array, index):
     """The value of array[index]."""
+    if isinstance(array, types.Float):
+        return array(array, index), _same
 
     def build(context, builder, _signature, arguments):
         stored = context.get_value_type(array.dtype)
@@ -253,6 +283,45 @@ def power_of_two(_typing, value):
     return value(value), build
 
 
+def lanewise(function):
+    """A function of a vector that has this of each number."""
+
+    @intrinsic
+    def apply(_typing, vector):
+        def build(context, builder, _signature, arguments):
+            results = arguments[0]
+            for lane in range(vector.lanes):
+                place = ir.Constant(ir.IntType(32), lane)
+                number = builder.extract_element(arguments[0], place)
+                found = context.compile_internal(
+                    builder, function, vector.element(vector.element), [number])
+                results = builder.insert_element(results, found, place)
+            return results
+
+        return vector(vector), build
+
+    return apply
+
+
+def polynomial(powers):
+    """A function of numbers, by Horner's scheme; the highest power's constant first."""
+
+    @intrinsic
+    def value(_typing, x):
+        def build(_context, builder, _signature, arguments):
+            number = ir.DoubleType() if types.float64 in (x, getattr(x, "element", x)) else (
+                ir.FloatType())
+            constants = [_all(_shaped(number, arguments[0].type), power) for power in powers]
+            total = constants[0]
+            for constant in constants[1:]:
+                total = builder.fadd(builder.fmul(total, arguments[0]), constant)
+            return total
+
+        return x(x), build
+
+    return value
+
+
 @intrinsic
 def on_grid(_typing, array, value):
     """rounded, to one that the array can hold: differences from another value would all have the
@@ -268,36 +337,21 @@ def on_grid(_typing, array, value):
 
 
 @intrinsic
-def load_part(_typing, array, index, count):
-    """load of so many values; the other lanes are 0."""
-    kind = Vector(work_of(array.dtype))
+def store_part(_typing, array, place, value):
+    """store at place[0] of the first place[1] lanes."""
 
     def build(context, builder, _signature, arguments):
-        stored = ir.VectorType(context.get_value_type(array.dtype), kind.lanes)
-        room = cgutils.alloca_once(builder, stored)
-        builder.store(ir.Constant(stored, None), room)
-        element = _pointer(context, builder, array, *arguments[:2], stored)
-        cgutils.raw_memcpy(builder, room, element, arguments[2], array.dtype.bitwidth // 8)
-        return _read(builder, array.dtype, room)
-
-    return kind(array, types.intp, types.intp), build
-
-
-@intrinsic
-def store_part(_typing, array, index, count, value):
-    """store of the first so many lanes."""
-
-    def build(context, builder, _signature, arguments):
-        bits = arguments[3]
+        index, count = cgutils.unpack_tuple(builder, arguments[1])
+        bits = arguments[2]
         if array.dtype in SHORT:
             bits = _narrow(builder, array.dtype, bits)
         room = cgutils.alloca_once(builder, bits.type)
         builder.store(bits, room)
-        element = _pointer(context, builder, array, *arguments[:2], bits.type)
-        cgutils.raw_memcpy(builder, element, room, arguments[2], array.dtype.bitwidth // 8)
+        element = _pointer(context, builder, array, arguments[0], index, bits.type)
+        cgutils.raw_memcpy(builder, element, room, count, array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.intp, value), build
+    return types.void(array, place, value), build
 
 
 def _storing(aligned, past_the_caches):

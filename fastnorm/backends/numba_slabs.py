@@ -48,7 +48,9 @@ def slab_of(i, itemsize):
 def spread(values, i, into):
     """Each of the values to the i places of its channel."""
     for c in range(values.size):
-        into[c * i : (c + 1) * i] = values[c]
+        own = into[c * i : (c + 1) * i]
+        for j in range(own.size):
+            own[j] = values[c]
 
 
 @inlined
