@@ -82,6 +82,14 @@ def _of_type(array, size, work):
     return np.empty(size, work)
 
 
+def _with_room(statistics, sets):
+    """The arrays, and one of its own for each that is not wanted."""
+    if all(array is not None for array in statistics):
+        return statistics
+    room = np.empty((len(statistics), sets))
+    return [own if array is None else array for own, array in zip(room, statistics, strict=True)]
+
+
 def _apart(array, written):
     """An array that is read after `written` is: a copy where it is the same."""
     return array.copy() if array is not None and np.shares_memory(array, written) else array
@@ -100,6 +108,12 @@ def _last_level_bytes():
     return max(sizes[1:] or sizes)
 
 
+def _large(moved):
+    """Whether so many bytes pass the caches by: they would not stay there. From how large on was
+    measured for the native kernels."""
+    return moved > _last_level_bytes() // 8 * 5
+
+
 # ---- what is the same for all calls of a geometry ------------------------------------------------
 
 
@@ -108,9 +122,7 @@ class Plan(NamedTuple):
     sizes: tuple  # its own integers
     moved: int  # bytes
     threads: int
-    # Outputs pass the caches by where they would not stay there, nor are they read again. From how
-    # large on was measured for the native kernels.
-    large: bool
+    large: bool  # outputs pass the caches by, where they are not read again
     work: np.dtype
     channels: int
     sets: int
@@ -136,7 +148,7 @@ def _planned(geometry, dtype, flags, num_threads, arrays):
     return {
         "moved": moved,
         "threads": threads_of(num_threads, moved),
-        "large": moved > _last_level_bytes() // 8 * 5,
+        "large": _large(moved),
         "work": TABLE[dtype].work,
         "channels": channels,
         "sets": sets,
@@ -227,12 +239,7 @@ def _normalize(
     """A forward with nothing beside; of rows also one of x = the sum of two terms. Where y is empty
     only the statistics are found."""
     plan = forward_plan(geometry, x.dtype, flags, num_threads)
-    if mean is None or var is None or rstd is None:
-        room = np.empty((3, plan.sets))
-        mean, var, rstd = (
-            own if array is None else array
-            for own, array in zip(room, (mean, var, rstd), strict=True)
-        )
+    mean, var, rstd = _with_room((mean, var, rstd), plan.sets)
     if plan.given:
         mean[:], var[:] = running_mean, running_var
     shared = plan.large and any(np.may_share_memory(y, array) for array in (x, *terms))
@@ -332,12 +339,7 @@ def _forward_beside(
     if fused.sum is not None:
         terms, x, residual = (x, residual), fused.sum, None
     mapped = bool(fused.activation or residual is not None)
-    if mapped:
-        room = np.empty((3, geometry.b * geometry.g * geometry.s))
-        mean, var, rstd = (
-            own if array is None else array
-            for own, array in zip(room, (mean, var, rstd), strict=True)
-        )
+    mean, var, rstd = _with_room((mean, var, rstd), geometry.b * geometry.g * geometry.s)
     _normalize(geometry, x, x.reshape(-1)[:0] if mapped else y, weight, bias, eps, mean, var, rstd,
                *last, terms)
     if mapped:
@@ -349,7 +351,7 @@ def _map_fused(geometry, dy, x, residual, weight, bias, into, mean, rstd, fused,
     work, channels = TABLE[x.dtype].work, geometry.g * geometry.k
     arrays = [array for array in (dy, x, residual, into) if array is not None]
     moved = len(arrays) * x.nbytes
-    streaming = dy is None and moved > _last_level_bytes() // 8 * 5 and not any(
+    streaming = dy is None and _large(moved) and not any(
         np.may_share_memory(into, array) for array in arrays[:-1])
     launch(
         after.kernel_of(geometry), threads_of(num_threads, moved), _flat(x if dy is None else dy),

@@ -90,16 +90,16 @@ def forward_row(x, y, weight, bias, mean, var, rstd, set_, sizes, eps, has_mean,
     found = statistics(x, at, 0, 1, k, about, s, q, has_mean)
     mean[set_] = found[0]
     var[set_] = found[1]
-    rstd[set_] = reciprocal_deviation(found[1], eps)
-    if y.size == 0:
-        return
-    hi = rounded(x, found[0])
-    scale, shift = forward_terms(found[0], float64(hi), rstd[set_], 1.0, 0.0)
-    w = set_ % g * k
-    map_run_weighted(
-        x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
-        rounded(x, scale), rounded(x, shift), streaming,
-    )
+    inverse = reciprocal_deviation(found[1], eps)
+    rstd[set_] = inverse
+    if y.size > 0:
+        hi = rounded(x, found[0])
+        scale, shift = forward_terms(found[0], float64(hi), inverse, 1.0, 0.0)
+        w = set_ % g * k
+        map_run_weighted(
+            x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
+            rounded(x, scale), rounded(x, shift), streaming,
+        )
 
 
 @kernel(FORWARD)
