@@ -16,7 +16,7 @@ from numba.extending import overload
 from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, RELU, SILU
 from fastnorm.backends.numba_jit import OPTIONS, called, inlined, kernel
 from fastnorm.backends.numba_maps import affine, streamed
-from fastnorm.backends.numba_rows import pieces_of, start_runs
+from fastnorm.backends.numba_rows import pieces_of, terms_of_runs
 from fastnorm.backends.numba_simd import (
     bytes_of,
     choose,
@@ -272,10 +272,7 @@ def map_fused_runs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind,
     """into = activation(z + residual), or backward dy*activation'(z + residual)."""
     b, o, g, k, i = sizes
     channels, pieces = g * k, pieces_of(i)
-    hi = np.empty(b * channels, weight.dtype)
-    scale = np.empty(b * channels, weight.dtype)
-    shift = np.empty(b * channels, weight.dtype)
-    start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift)
+    hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     how = has_residual != 0, backward != 0, streaming != 0
     units = b * o * channels * pieces
     for part in prange(PARTS):
@@ -306,10 +303,7 @@ def map_fused_slabs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind
     i is 1 those of several samples."""
     b, o, g, k, i = sizes
     channels = g * k
-    hi = np.empty(b * channels, weight.dtype)
-    scale = np.empty(b * channels, weight.dtype)
-    shift = np.empty(b * channels, weight.dtype)
-    start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift)
+    hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     how = has_residual != 0, backward != 0, streaming != 0
     most = channels if i == 1 else min(channels, slab_of(i, bytes_of(x)))
     slabs = (channels + most - 1) // most

@@ -8,7 +8,7 @@ which are summed, merged in their order, and mapped: the bits never depend on th
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import BACKWARD, FORWARD, called, inlined, kernel
+from fastnorm.backends.numba_jit import BACKWARD, FORWARD, allocating, called, inlined, kernel
 from fastnorm.backends.numba_maps import (
     add_runs,
     map_products,
@@ -188,10 +188,13 @@ def terms_of_sets(hi, scale, shift, weight, bias, mean, rstd):
         )[1]
 
 
-@called
-def start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift):
-    """hi, scale and shift of each channel of each b."""
+@allocating
+def terms_of_runs(weight, bias, mean, rstd, sizes):
+    """(hi, scale, shift), of each channel of each b."""
     b, _, g, k, _ = sizes
+    hi = np.empty(b * g * k, weight.dtype)
+    scale = np.empty(b * g * k, weight.dtype)
+    shift = np.empty(b * g * k, weight.dtype)
     for first in range(0, b * g, g if k == 1 else 1):
         own = slice(first * k, first * k + (g if k == 1 else k))
         w = slice(own.start % (g * k), own.start % (g * k) + own.stop - own.start)
@@ -202,6 +205,7 @@ def start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift):
         else:
             terms_of_set(hi[own], scale[own], shift[own], weight[w], bias[w], mean[first],
                          rstd[first])
+    return hi, scale, shift
 
 
 @inlined
@@ -245,11 +249,8 @@ def forward_pieces(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
         sum_piece(x, about, partial, unit, sizes)
     for set_ in prange(b * g):
         finish_pieces(x, about, partial, mean, var, set_, sizes, has_mean)
-    hi = np.empty(b * g * k, weight.dtype)
-    scale = np.empty(b * g * k, weight.dtype)
-    shift = np.empty(b * g * k, weight.dtype)
     invert_deviations(var, rstd, eps)
-    start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift)
+    hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     if y.size > 0:
         for unit in prange(units_of_map(sizes)):
             map_runs(x, y, hi, scale, shift, unit, sizes, streaming)
@@ -258,12 +259,8 @@ def forward_pieces(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
 @kernel(FORWARD, allocates=True)
 def forward_given(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Only the map, by the given mean and var."""
-    b, _, g, k, _ = sizes
-    hi = np.empty(b * g * k, weight.dtype)
-    scale = np.empty(b * g * k, weight.dtype)
-    shift = np.empty(b * g * k, weight.dtype)
     invert_deviations(var, rstd, eps)
-    start_runs(weight, bias, mean, rstd, sizes, hi, scale, shift)
+    hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     if y.size > 0:
         for unit in prange(units_of_map(sizes)):
             map_runs(x, y, hi, scale, shift, unit, sizes, streaming)
