@@ -14,7 +14,7 @@ from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, allocating, called, inlined, kernel
 from fastnorm.backends.numba_maps import map_product_rows, map_rows
-from fastnorm.backends.numba_rows import merge_terms
+from fastnorm.backends.numba_rows import invert_deviations, merge_terms, terms_of_sets
 from fastnorm.backends.numba_simd import at, on_grid, rounded
 from fastnorm.backends.numba_words import (
     RUN,
@@ -205,20 +205,6 @@ def group_moments(means, squares, mean, var, o, k, from_group, to_group):
 
 
 @inlined
-def channel_terms(x, hi, scale, shift, weight, bias, mean, var, rstd, eps):
-    for c in range(hi.size):
-        rstd[c] = reciprocal_deviation(var[c], eps)
-    for c in range(hi.size):
-        hi[c] = rounded(x, mean[c])
-    for c in range(hi.size):
-        scale[c] = forward_terms(mean[c], 0.0, rstd[c], float64(weight[c]), 0.0)[0]
-    for c in range(hi.size):
-        shift[c] = forward_terms(
-            mean[c], float64(hi[c]), rstd[c], float64(weight[c]), float64(bias[c])
-        )[1]
-
-
-@inlined
 def channel_products(hi, scale, shift, dscale, weight, s, q, mean, rstd, terms_w, terms_b, count,
                      has_mean, given):
     for c in range(s.size):
@@ -284,8 +270,8 @@ def finish_groups(x, coefficients, partial, weight, bias, mean, var, rstd, sizes
                 float64(bias[channel]),
             )
     if k == 1:
-        channel_terms(x, hi[own], scale[own], shift[own], weight[own], bias[own], mean[own],
-                      var[own], rstd[own], eps)
+        invert_deviations(var[own], rstd[own], eps)
+        terms_of_sets(hi[own], scale[own], shift[own], weight[own], bias[own], mean[own], rstd[own])
     copy_columns(hi, channels, first, stop)
     copy_columns(scale, channels, first, stop)
     copy_columns(shift, channels, first, stop)

@@ -2,9 +2,8 @@
 a pass that takes the gradient back through the activation. Both find z, the activation's input,
 from x.
 
-An activation is a function of a number or of a vector, and has a loop of its own; exp and erfc are
-polynomials in the working type. (As calls for each value they took 40 to 100 times as long as
-memory does.)
+An activation is a function of a vector, and has a loop of its own; exp and erfc are polynomials in
+the working type. (As calls for each value they took 40 to 100 times as long as memory does.)
 """
 
 from math import erfc
@@ -35,7 +34,7 @@ from fastnorm.backends.numba_slabs import SHORT_RUN, slab_of, spread
 from fastnorm.backends.numba_words import forward_terms
 
 WIDE = 1024  # values, at least, of the rows of channels that are mapped as one
-PARTS = 64  # of the rows
+PARTS = 64  # of the work
 
 # exp(r), |r| <= ln(2)/2, the highest power first: of least relative error, 3e-9; and Taylor's.
 EXP32 = (0.0013814541, 0.0083687454, 0.041668389, 0.16666521, 0.49999994, 1.0, 1.0)

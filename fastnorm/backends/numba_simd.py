@@ -217,8 +217,6 @@ def load_part(_typing, array, place):
 @intrinsic
 def at(_typing, array, index):
     """The value of array[index]."""
-    if isinstance(array, types.Float):
-        return array(array, index), _same
 
     def build(context, builder, _signature, arguments):
         stored = context.get_value_type(array.dtype)
@@ -259,24 +257,23 @@ def rounded(_typing, array, value):
 
 @intrinsic
 def choose(_typing, condition, a, b):
-    """a if condition else b, of numbers or lane by lane."""
+    """a if condition else b, lane by lane."""
     kind = _common(a, b)
 
     def build(_context, builder, _signature, arguments):
-        values = arguments[1:] if kind is None else _alike(builder, kind, arguments[1:])
-        return builder.select(arguments[0], *values)
+        return builder.select(arguments[0], *_alike(builder, kind, arguments[1:]))
 
-    return (a(types.boolean, a, a) if kind is None else kind(condition, a, b)), build
+    return kind(condition, a, b), build
 
 
 @intrinsic
 def power_of_two(_typing, value):
     """The lowest bits of numbers as the exponents of others."""
-    number = value.element if isinstance(value, Vector) else value
-    mantissa = 23 if number.bitwidth == 32 else 52
+    size = value.element.bitwidth
+    mantissa = 23 if size == 32 else 52
 
     def build(_context, builder, _signature, arguments):
-        whole = _shaped(ir.IntType(number.bitwidth), arguments[0].type)
+        whole = _shaped(ir.IntType(size), arguments[0].type)
         bits = builder.shl(builder.bitcast(arguments[0], whole), _all(whole, mantissa))
         return builder.bitcast(bits, arguments[0].type)
 
@@ -304,16 +301,13 @@ def lanewise(function):
 
 
 def polynomial(powers):
-    """A function of numbers, by Horner's scheme; the highest power's constant first."""
+    """A function of a vector, by Horner's scheme; the highest power's constant first."""
 
     @intrinsic
     def value(_typing, x):
         def build(_context, builder, _signature, arguments):
-            number = ir.DoubleType() if types.float64 in (x, getattr(x, "element", x)) else (
-                ir.FloatType())
-            constants = [_all(_shaped(number, arguments[0].type), power) for power in powers]
-            total = constants[0]
-            for constant in constants[1:]:
+            total, *constants = (_all(arguments[0].type, power) for power in powers)
+            for constant in constants:
                 total = builder.fadd(builder.fmul(total, arguments[0]), constant)
             return total
 
