@@ -218,35 +218,37 @@ cdef inline void map_columns(
     cdef vec e[CHUNK]
     cdef vec z[CHUNK]
     cdef vec u
-    cdef int64_t last = n - (vectors - 1) * WIDTH, row
-    cdef bint part = last < WIDTH
+    cdef int64_t end = n - WIDTH, row, at
+    cdef bint part = vectors == 1 and n < WIDTH
     cdef int v
     for v in range(vectors):
-        h[v] = load_work(hi + v * WIDTH)
-        a[v] = load_work(scale + v * WIDTH)
-        b[v] = load_work(shift + v * WIDTH)
+        at = end if vectors > 1 and v == vectors - 1 else v * WIDTH
+        h[v] = load_work(hi + at)
+        a[v] = load_work(scale + at)
+        b[v] = load_work(shift + at)
         if dy != NULL:
-            e[v] = load_work(dscale + v * WIDTH)
+            e[v] = load_work(dscale + at)
     for row in range(rows):
         for v in range(vectors):
+            at = end if vectors > 1 and v == vectors - 1 else v * WIDTH
             if ahead:
-                fetch(x + v * WIDTH + ahead)
+                fetch(x + at + ahead)
                 if dy != NULL:
-                    fetch(dy + v * WIDTH + ahead)
-            z[v] = load_part(x + v * WIDTH, last, 0) if part and v == vectors - 1 else (
-                load(x + v * WIDTH))
+                    fetch(dy + at + ahead)
+            z[v] = load_part(x + at, n, 0) if part else load(x + at)
             z[v] = (z[v] - h[v]) * a[v] + b[v]
             if dy == NULL:
                 z[v] = z[v] * splat(weight[row]) + splat(bias[row])
                 continue
-            u = load_part(dy + v * WIDTH, last, 0) if part and v == vectors - 1 else (
-                load(dy + v * WIDTH))
+            u = load_part(dy + at, n, 0) if part else load(dy + at)
             z[v] = z[v] + u * (e[v] * splat(weight[row]))
         if part:
-            put_all(y, z, False, vectors - 1)
-            store_part(y + (vectors - 1) * WIDTH, last, z[vectors - 1])
+            store_part(y, n, z[0])
+        elif streaming:
+            put_all(y, z, True, vectors)
         else:
-            put_all(y, z, streaming, vectors)
+            put_all(y, z, False, vectors - 1)
+            store(y + (end if vectors > 1 else 0), z[vectors - 1])
         x += stride
         dy = past(dy, stride)
         y += stride

@@ -34,6 +34,7 @@ cdef enum:
     MAX_TILES = 32
     TILE = 65536  # values in a tile, about, at least
     STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
+    MANY_CHANNELS = 256  # fewer are copied
     MOST_COPIES = 64
     FOLDED = 4096  # more values than a row of several copies has
     TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values

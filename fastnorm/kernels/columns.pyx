@@ -11,7 +11,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.task = t
     p.channels = t.g * t.k
     p.copies = 1
-    if p.channels < 256:
+    if p.channels < MANY_CHANNELS:
         while p.copies * p.channels % NARROW != 0 or p.copies * p.channels < WIDE:
             p.copies += 1
         p.copies = minimum(p.copies, t.o)

@@ -6,7 +6,8 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.columns cimport (
-    MOST_COPIES, coefficients_of, count_of, counts_of, left_out, mask_of, plan, sums_of,
+    MANY_CHANNELS, MOST_COPIES, coefficients_of, count_of, counts_of, left_out, mask_of, plan,
+    sums_of,
 )
 from fastnorm.kernels.words cimport (
     SAMPLES, cancels, eight, fn_task, fold_eight, maximum, minimum, on_grid, stored, values_of,
@@ -173,7 +174,8 @@ cdef void column_moments(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
             q[c] = q[c] - mean * mean * count
 
 
-# Sums over the columns of a group: in eight lanes, since one sum would wait for each addition.
+# Sums over the columns of a group: in eight lanes, since one sum would wait for each addition; few
+# columns one after the other.
 
 
 cdef inline double fold(const double* lanes) noexcept nogil:
@@ -183,66 +185,100 @@ cdef inline double fold(const double* lanes) noexcept nogil:
 
 
 cdef inline double sum_about(const double* a, double about, int64_t n) noexcept nogil:
-    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
+    cdef double[8] lanes
+    cdef double total = 0
     cdef int64_t c = 0, j
-    while c + 8 <= n:
-        for j in range(8):
-            lanes[j] = lanes[j] + (a[c + j] - about)
-        c += 8
-    for j in range(n - c):
-        lanes[j] = lanes[j] + (a[c + j] - about)
-    return fold(lanes)
+    if n >= 8:
+        memset(lanes, 0, sizeof(lanes))
+        while c + 8 <= n:
+            for j in range(8):
+                lanes[j] = lanes[j] + (a[c + j] - about)
+            c += 8
+        total = fold(lanes)
+    for j in range(c, n):
+        total += a[j] - about
+    return total
 
 
 cdef inline double sum_squares_about(const double* a, const double* squares, double about,
                                      double count, int64_t n) noexcept nogil:
     """The sum of squares + (a - about)^2*count."""
-    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
+    cdef double[8] lanes
+    cdef double d, total = 0
     cdef int64_t c = 0, j
-    cdef double d
-    while c + 8 <= n:
-        for j in range(8):
-            d = a[c + j] - about
-            lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
-        c += 8
-    for j in range(n - c):
-        d = a[c + j] - about
-        lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
-    return fold(lanes)
+    if n >= 8:
+        memset(lanes, 0, sizeof(lanes))
+        while c + 8 <= n:
+            for j in range(8):
+                d = a[c + j] - about
+                lanes[j] = lanes[j] + (squares[c + j] + d * d * count)
+            c += 8
+        total = fold(lanes)
+    for j in range(c, n):
+        d = a[j] - about
+        total += squares[j] + d * d * count
+    return total
 
 
 cdef inline double sum_weighted(const double* a, const work* weight, int64_t n) noexcept nogil:
-    cdef double[8] lanes = [0, 0, 0, 0, 0, 0, 0, 0]
+    cdef double[8] lanes
+    cdef double total = 0
     cdef int64_t c = 0, j
-    while c + 8 <= n:
-        for j in range(8):
-            lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
-        c += 8
-    for j in range(n - c):
-        lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
-    return fold(lanes)
+    if n >= 8:
+        memset(lanes, 0, sizeof(lanes))
+        while c + 8 <= n:
+            for j in range(8):
+                lanes[j] = lanes[j] + a[c + j] * <double> weight[c + j]
+            c += 8
+        total = fold(lanes)
+    for j in range(c, n):
+        total += a[j] * <double> weight[j]
+    return total
 
 
-cdef void merge_columns(const plan* p, int64_t b) noexcept nogil:
-    """Chan's merge: the moments of each column become those of each group, g in place g, where
-    only columns of the groups before it were."""
+cdef void merge_copies(const plan* p, int64_t b) noexcept nogil:
+    """Chan's merge: the moments of all copies of a channel, in place of the first."""
+    cdef double[MANY_CHANNELS] merged
+    cdef double* means = sums_of(p, b, 0)
+    cdef double* squares = means + p.width
+    cdef double d, count, total = values_of(p.task, b) / <double> p.task.k
+    cdef double inverse = 1.0 / total if total > 0 else 0
+    cdef int64_t c, r, at
+    memset(merged, 0, p.channels * sizeof(double))
+    for r in range(1, p.copies):
+        at = r * p.channels
+        count = <double> count_of(p, b, at)
+        for c in range(p.channels):
+            merged[c] = merged[c] + (means[at + c] - means[c]) * count
+    for c in range(p.channels):
+        merged[c] = means[c] + merged[c] * inverse
+    count = <double> count_of(p, b, 0)
+    for c in range(p.channels):
+        d = means[c] - merged[c]
+        squares[c] = squares[c] + d * d * count
+    for r in range(1, p.copies):
+        at = r * p.channels
+        count = <double> count_of(p, b, at)
+        for c in range(p.channels):
+            d = means[at + c] - merged[c]
+            squares[c] = squares[c] + (squares[at + c] + d * d * count)
+    memcpy(means, merged, p.channels * sizeof(double))
+
+
+cdef void merge_channels(const plan* p, int64_t b) noexcept nogil:
+    """Chan's merge: the moments of each channel become those of each group, g in place g, where
+    only channels of the groups before it were."""
     cdef const fn_task* t = p.task
     cdef double* means = sums_of(p, b, 0)
     cdef double* squares = means + p.width
-    cdef double first, mean, m2, count = values_of(t, b)
-    cdef int64_t g, c, r
+    cdef double mean, count = values_of(t, b) / <double> t.k
+    cdef int64_t g, c
     for g in range(t.g):
-        first = means[g * t.k]
-        mean = m2 = 0
-        for r in range(p.copies):
-            c = r * p.channels + g * t.k
-            mean += sum_about(means + c, first, t.k) * <double> count_of(p, b, c)
-        mean = first + mean / count if count > 0 else 0
-        for r in range(p.copies):
-            c = r * p.channels + g * t.k
-            m2 += sum_squares_about(means + c, squares + c, mean, <double> count_of(p, b, c), t.k)
+        c = g * t.k
+        mean = means[c]
+        mean += sum_about(means + c, mean, t.k) / <double> t.k
+        squares[g] = sum_squares_about(means + c, squares + c, mean, count, t.k)
         means[g] = mean
-        squares[g] = m2
 
 
 cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1) noexcept nogil:
@@ -301,8 +337,10 @@ cdef void finish_forward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     else:
         merge_tiles(p, b, c0, c1)
         column_moments(p, b, c0, c1)
-        if t.k > 1 or p.copies > 1:
-            merge_columns(p, b)
+        if p.copies > 1:
+            merge_copies(p, b)
+        if t.k > 1:
+            merge_channels(p, b)
     # Strips cut columns that are groups.
     forward_coefficients(p, b, c0, minimum(t.g, c1))
 
@@ -315,8 +353,8 @@ cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef work* hi = coefficients_of(p, b)
     cdef work* z
     cdef const double* mean = t.mean + b * t.g
-    cdef int64_t c, channel, g, r
-    cdef double scale, lo
+    cdef int64_t c, g, r
+    cdef double scale, rstd, lo
     if not t.has_mean:
         memset(hi + c0, 0, (c1 - c0) * sizeof(work))
     elif t.k == 1:
@@ -333,13 +371,16 @@ cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     # A forward's coefficients, from what it found: those of the gate, or in the places that
     # finish_backward fills.
     z = hi + 4 * p.padded if t.gated else hi + p.padded
-    for c in range(c0, c1):
-        channel = c % p.channels
-        g = b * t.g + channel // t.k
-        scale = t.rstd[g] * <double> (<const work*> t.weight)[channel]
-        lo = t.mean[g] - <double> hi[c] if t.has_mean else 0
-        z[c] = <work> scale
-        z[p.padded + c] = <work> (<double> (<const work*> t.bias)[channel] - lo * scale)
+    for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
+        rstd = t.rstd[b * t.g + g]
+        for c in range(g * t.k, (g + 1) * t.k):
+            scale = rstd * <double> (<const work*> t.weight)[c]
+            lo = mean[g] - <double> hi[c] if t.has_mean else 0
+            z[c] = <work> scale
+            z[p.padded + c] = <work> (<double> (<const work*> t.bias)[c] - lo * scale)
+    for r in range(1, p.copies):
+        for c in range(2):
+            memcpy(z + c * p.padded + r * p.channels, z + c * p.padded, p.channels * sizeof(work))
 
 
 cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:

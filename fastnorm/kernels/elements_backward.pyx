@@ -140,7 +140,8 @@ cdef inline int64_t rows_together(const fn_task* t, bint* stream) noexcept nogil
 
     All of a group (0.75 to 0.9 of the time two by two), but long ones that are streamed two by
     two, while they are in the first-level cache (all of them 1.05 to 1.15 times as long), or each
-    alone where it starts anywhere in a line."""
+    alone where it starts anywhere in a line. (Rows that lie in the same sets of the first-level
+    cache, two by two: 0.95 in the second-level cache, 1.0 to 1.3 out of it.)"""
     cdef int64_t lead = until_aligned(<const stored*> t.y)
     cdef bint lines = lead == 0 and t.k * <int64_t> sizeof(stored) % 64 == 0
     stream[0] = t.stream and (lines or (t.k >= SHORT_RUN and lead >= 0))
@@ -215,11 +216,11 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
 
 
 cdef inline bint wide(const plan* p) noexcept nogil:
-    """Whether rows are too few for parts of b, and so long that they are cut into strips of
-    columns instead: parts of dweight would cross from core to core (0.8 to 1.2 times as long as
-    one thread)."""
-    return (p.task.i == 1 and p.task.g == 1 and p.b_tiles == 1 and p.task.k >= 2 * STRIP
-            and p.task.mask == NULL)
+    """Whether rows are so long, and too few for parts of b or all in cache, that they are cut into
+    strips of columns instead: parts of dweight would cross from core to core (0.75 to 0.95 of the
+    time; shorter rows 1.0 to 1.3)."""
+    return (p.task.i == 1 and p.task.g == 1 and p.task.mask == NULL and p.task.k >= 2 * STRIP
+            and (p.b_tiles == 1 or p.sets * p.task.k <= 8 * TILE))
 
 
 cdef inline int64_t strip_width(const fn_task* t) noexcept nogil:
