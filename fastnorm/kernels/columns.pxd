@@ -17,8 +17,8 @@ forward, 0.9 to 1.2 in a backward); all rows of 64 columns before the next 64 (1
 long at 256 and 1024 channels, two threads); coefficients read again, and plain stores, for every
 row of 64 columns (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5
 times with streaming, the same in cache); all steps of a strip of columns that fits the second-level
-cache (1.1 to 1.5 times, and within the caches 0.9 to 1.4); two to sixteen rows of a few vectors mapped together, coefficients in
-registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed).
+cache (1.1 to 1.5 times, and within the caches 0.9 to 1.4); two to sixteen rows of a few vectors
+mapped together, coefficients in registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.

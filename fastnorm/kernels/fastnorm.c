@@ -494,6 +494,7 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     set_geometry(&task, geometry);
     lay_out(&from, &task, args->dtype, kernels, &part);
     task.has_mean = !(args->flags & FASTNORM_NO_MEAN);
+    task.scaled = !task.has_mean && !args->bias;
     task.given = (args->flags & FASTNORM_GIVEN_STATISTICS) != 0;
     task.x = args->sum ? args->sum : args->x;
     task.y = args->y;
@@ -607,6 +608,7 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     set_geometry(&task, geometry);
     lay_out(&from, &task, args->dtype, kernels, &part);
     task.has_mean = !(args->flags & FASTNORM_NO_MEAN);
+    task.scaled = !task.has_mean && !args->dbias;
     task.given = (args->flags & FASTNORM_GIVEN_STATISTICS) != 0;
     task.x = args->x;
     task.dy = args->dy;

@@ -50,4 +50,7 @@ cdef inline void merge_parts(const plan* p) noexcept nogil:
     for part in range(p.b_tiles):
         for j in range(size):
             t.dweight[j] += p.partial[2 * part * size + j]
+        if t.scaled:
+            continue
+        for j in range(size):
             t.dbias[j] += p.partial[(2 * part + 1) * size + j]

@@ -109,6 +109,9 @@ cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int
     cdef work shift = <work> (-(mean - <double> hi) * rstd)
     if t.fused:
         map_fused(t, at, n, 1, 0, &hi, &scale, &shift, OF_ALL, weight, bias)
+    elif t.scaled:
+        map_places(x, NULL, <stored*> t.y + at, n, NULL, &scale, NULL, NULL, False, weight, NULL,
+                   NULL, NULL, t.stream, ahead)
     else:
         map_places(x, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL, False, weight, bias,
                    NULL, NULL, t.stream, ahead)
@@ -310,17 +313,20 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
                 add_terms(t, (set_ + r) * p.n, p.n, &kept[r * p.n] if keeping else NULL)
             if t.has_mean:
                 about[r] = spread_sample(x + r * p.n, 1, 0, p.n)
-            if brief:
+            if brief and t.has_mean:
                 sum_short(x + r * p.n, NULL, NULL, p.n, about[r], lanes_s + r * VECTORS,
                           lanes_q + r * VECTORS)
+            elif brief:
+                sum_short(x + r * p.n, NULL, NULL, p.n, 0, NULL, lanes_q + r * VECTORS)
             else:
                 sums[0] = sums[1] = 0
                 sum_runs(x + r * p.n, NULL, NULL, 1, 0, p.n, about[r], NULL, sums)
                 s[r] = sums[0]
                 q[r] = sums[1]
         if brief:
-            fold_rows(lanes_s, rows, s)
             fold_rows(lanes_q, rows, q)
+        if brief and t.has_mean:
+            fold_rows(lanes_s, rows, s)
         if not t.has_mean:
             memset(s, 0, sizeof(s))
         again = 0

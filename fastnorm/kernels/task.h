@@ -10,6 +10,7 @@
 typedef struct fn_task {
     int64_t b, o, g, k, i, s; /* the geometry of fastnorm.h; s at least 1 */
     int has_mean;          /* 0: the mean is taken as 0 */
+    int scaled;            /* no mean and no bias, in a backward no dbias: y = x*rstd*weight */
     int given;             /* statistics are constants: read mean and var, or mean and rstd */
     int fused;             /* a forward maps by map_fused: an activation, a residual or a mask */
     int stream;            /* outputs pass the caches by */
