@@ -237,6 +237,46 @@ static void test_values(void)
     CHECK(worst_dx < 2e-5);
 }
 
+/* Rows without a mean, as RMS norm has them, which have a loop of their own without a bias. */
+static void test_rows_without_mean(void)
+{
+    enum { ROWS = 12 };
+    const fastnorm_geometry rows = {ROWS, 1, 1, CHANNELS, 1, 1};
+    for (int biased = 0; biased < 2; biased++) {
+        fastnorm_forward_args forward = forward_args();
+        fastnorm_backward_args backward = backward_args();
+        double wanted_w[CHANNELS] = {0}, wanted_b[CHANNELS] = {0}, worst = 0;
+        forward.flags = backward.flags = FASTNORM_NO_MEAN;
+        forward.mean = NULL;
+        backward.mean = NULL;
+        forward.bias = biased ? bias : NULL;
+        backward.dbias = biased ? dbias : NULL;
+        for (int c = 0; c < CHANNELS; c++) dweight[c] = dbias[c] = 7;
+        CHECK(fastnorm_forward(&rows, &forward, NULL) == FASTNORM_OK);
+        CHECK(fastnorm_backward(&rows, &backward, NULL) == FASTNORM_OK);
+        for (int row = 0; row < ROWS; row++) {
+            const float *xs = x + row * CHANNELS, *dys = dy + row * CHANNELS;
+            double q = 0, m2 = 0, r;
+            for (int c = 0; c < CHANNELS; c++) q += (double)xs[c] * xs[c] / CHANNELS;
+            r = 1 / sqrt(q + 1e-5);
+            for (int c = 0; c < CHANNELS; c++) m2 += dys[c] * weight[c] * xs[c] * r / CHANNELS;
+            for (int c = 0; c < CHANNELS; c++) {
+                const double xhat = xs[c] * r;
+                const int at = row * CHANNELS + c;
+                wanted_w[c] += dys[c] * xhat;
+                wanted_b[c] += dys[c];
+                worst = fmax(worst, fabs(y[at] - (xhat * weight[c] + (biased ? bias[c] : 0))));
+                worst = fmax(worst, fabs(dx[at] - r * (dys[c] * weight[c] - xhat * m2)));
+            }
+        }
+        for (int c = 0; c < CHANNELS; c++) {
+            worst = fmax(worst, fabs(dweight[c] - wanted_w[c]));
+            worst = fmax(worst, fabs(dbias[c] - (biased ? wanted_b[c] : 7)));
+        }
+        CHECK(worst < 2e-5);
+    }
+}
+
 /* y = relu(affine + residual) and its gradient, from the calls without; rows with their sum. */
 static void test_fusion(void)
 {
@@ -507,6 +547,7 @@ int main(void)
     fill();
     test_errors();
     test_values();
+    test_rows_without_mean();
     test_fusion();
     test_mask();
     test_short_types();
