@@ -243,8 +243,8 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
 
 cdef inline bint wide(const plan* p) noexcept nogil:
     """Whether rows are so long, and too few for parts of b or all in cache, that they are cut into
-    strips of columns instead: parts of dweight would cross from core to core (0.75 to 0.95 of the
-    time; shorter rows 1.0 to 1.3)."""
+    strips of columns instead: parts of dweight would cross from core to core (0.75 to 1.05 of the
+    time; shorter rows 1.0 to 1.4)."""
     return (p.task.i == 1 and p.task.g == 1 and p.task.mask == NULL and p.task.k >= 2 * STRIP
             and (p.b_tiles == 1 or p.sets * p.task.k <= 8 * TILE))
 

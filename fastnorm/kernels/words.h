@@ -297,8 +297,8 @@ static inline void fold_to_eight(eight *wide, const vec *lanes)
 {
     eight_work low, high;
 #if defined(__AVX512F__) && defined(FN_TYPE_float64)
-    low = (lanes[0] + lanes[2]);
-    high = (lanes[1] + lanes[3]);
+    low = lanes[0] + lanes[2];
+    high = lanes[1] + lanes[3];
 #elif defined(__AVX512F__)
     /* Out of registers: 1.3 times as long a fold otherwise. */
     const __m512d both = (__m512d)(lanes[0] + lanes[1]);
