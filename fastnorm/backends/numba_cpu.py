@@ -111,7 +111,7 @@ def _last_level_bytes():
 def _large(moved):
     """Whether so many bytes pass the caches by: they would not stay there. From how large on was
     measured for the native kernels."""
-    return moved > _last_level_bytes() // 8 * 5
+    return moved > _last_level_bytes() // 2
 
 
 # ---- what is the same for all calls of a geometry ------------------------------------------------

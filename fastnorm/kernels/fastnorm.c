@@ -231,7 +231,7 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
  *
  * Outputs are streamed before all arrays fill the last-level cache, which does not keep the oldest
  * lines alone and may have other tenants: at 0.8 of it plain stores took 1.3 to 1.8 times as long,
- * at 0.6 from 0.8 to 1.5, at 0.4 from 0.4 to 1.0.
+ * at 0.6 from 0.9 to 1.7, at 0.4 from 0.4 to 1.2.
  *
  * Sums down columns ask for the next rows only where the inputs are more than a quarter of it: below,
  * that costs more than it brings (0.94 to 1.0 of the time without, above it 1.0 to 1.4). */
@@ -245,7 +245,7 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     if (traffic < SERIAL_BYTES) task->threads = 1;
     task->stream = task->y != task->x && task->y != task->dy && task->y != task->residual &&
                    task->y != task->dsum && task->y != task->terms[0] &&
-                   task->y != task->terms[1] && traffic > (size_t)fn_last_level_bytes() / 8 * 5;
+                   task->y != task->terms[1] && traffic > (size_t)fn_last_level_bytes() / 2;
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
     task->ahead = task->stream && bytes * (arrays - 1) <= (size_t)fn_last_level_bytes()
                       ? AHEAD / (int)size : 0;
