@@ -1,5 +1,12 @@
 """Layer and RMS norm over axes that others follow."""
 
+import hashlib
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -128,6 +135,44 @@ def test_threads_and_levels_change_no_bit(kind, dtype, norm, monkeypatch):
                 bits = [a.tobytes() for a in (y, stats.rstd, *found) if a is not None]
                 wanted = wanted or bits
                 assert bits == wanted, (shape, level, threads)
+
+
+def digests_of_any_place():
+    """Of what each level writes to wherever an array may start in a line, and nowhere else."""
+    native = backends.load("native")
+    best = native.isa_name()
+    for native.isa in [n for name, n in LEVELS.items() if name <= best] or [0]:
+        digest = hashlib.sha256()
+        shapes = (*CASES, ((3, 384, 14, 14), 1), ((2, 130, 6, 8), 1), ((5, 300, 2), 1))
+        for (shape, axis), dtype, start in product(shapes, DTYPES, (0, 1, 7)):
+            x, dy, weight, bias = arrays(shape, axis, dtype)
+            memory = np.full(x.size + 128, 3, dtype)
+            first = -memory.ctypes.data % 64 // memory.itemsize + start
+            out = memory[first : first + x.size].reshape(shape)
+            common = {"axis": axis, "out": out, "num_threads": 2, "backend": "native"}
+            _, stats = fastnorm.layer_norm(
+                x, weight.shape, weight, bias, return_stats=True, **common
+            )
+            digest.update(out.tobytes())
+            fastnorm.layer_norm_backward(dy, x, stats, weight.shape, weight, **common)
+            digest.update(out.tobytes())
+            assert np.all(memory[:first] == 3)
+            assert np.all(memory[first + x.size :] == 3)
+        yield digest.hexdigest()
+
+
+@pytest.mark.skipif(isinstance(backends.load("native"), str), reason="no native library here")
+def test_streaming_stores_change_no_bit():
+    script = "from test_axis import digests_of_any_place; print(*set(digests_of_any_place()))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | cache, cwd=Path(__file__).parent,
+            capture_output=True, text=True, check=True, timeout=300,
+        ).stdout.split()
+        for cache in ({}, {"FASTNORM_LAST_LEVEL_BYTES": "1"})
+    ]
+    assert len(found[0]) == 1
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -11,9 +11,9 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_jit import BACKWARD, FORWARD, inlined, kernel
-from fastnorm.backends.numba_maps import map_product_rows, map_scaled_rows
+from fastnorm.backends.numba_maps import map_product_rows, map_scaled_rows, pour
 from fastnorm.backends.numba_rows import merge_terms
-from fastnorm.backends.numba_simd import LINE, at, bytes_of, on_grid
+from fastnorm.backends.numba_simd import LINE, address, at, bytes_of, lanes, on_grid
 from fastnorm.backends.numba_words import (
     IN_ORDER,
     RUN,
@@ -36,6 +36,7 @@ MOST_PLACES = 1024
 TOGETHER = 8  # rows mapped together: what belongs to places is loaded once (0.7 to 0.9)
 FAR = 3072  # bytes from a row to the next, from which several are read together: nearer, the
 # processor foresees them one by one better (14x14 0.7 of the time; 28x28 1.2)
+JOINED = 4096  # values of rows that are put together
 PARTS = 32  # of the strips, that sum dweight each for themselves
 
 
@@ -96,11 +97,21 @@ def finish_sets(mean, var, rstd, hi, scale, shift, eps):
         scale[c], shift[c] = forward_terms(mean[c], float64(hi[c]), rstd[c], 1.0, 0.0)
 
 
+@inlined
+def joins(y, s, places, streaming):
+    """Whether rows are put together to be streamed: where they lie one behind the other, but start
+    anywhere in a line or are a few vectors and a part of one."""
+    past = address(y) % LINE
+    return (streaming and places == s and past % bytes_of(y) == 0
+            and (past + s * bytes_of(y) % LINE > 0 or s % (4 * lanes(y)) > s // 8))
+
+
 @kernel(FORWARD, sizes=4, allocates=True)
 def forward_across(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
     """Strips of sets: statistics out, then y."""
     b, k, s, places = sizes
     strips = (s + places - 1) // places
+    joining = joins(y, s, places, streaming)
     for unit in prange(b * strips):
         first = unit % strips * places
         n = min(places, s - first)
@@ -121,14 +132,23 @@ def forward_across(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
         own = slice(set_, set_ + n)
         set_moments(x, start, s, k, hi, sums, mean[own], var[own], has_mean)
         finish_sets(mean[own], var[own], rstd[own], hi, scale, shift, eps)
-        # Rows that start anywhere in a line are streamed each for itself.
-        alone = streaming and s * bytes_of(y) % LINE != 0
+        # Others that start anywhere in a line are streamed each for itself.
+        alone = streaming and not joining and s * bytes_of(y) % LINE != 0
         step, stride = (1, 0) if alone else (TOGETHER, s)
+        if joining:
+            step = min(step, JOINED // s)
+        kept, filled, to = np.empty(JOINED + LINE if joining else 0, y.dtype), 0, start
         for r in range(0, k, step):
             place, rows = start + r * s, slice(r, min(r + step, k))
             map_scaled_rows(
-                x[place:], y[place:], stride, hi, scale, shift, weight[rows], bias[rows], streaming
+                x[place:], kept[filled:] if joining else y[place:], stride, hi, scale, shift,
+                weight[rows], bias[rows], streaming and not joining,
             )
+            if joining:
+                filled += (rows.stop - r) * s
+                poured = pour(kept, filled, y[to:], rows.stop == k)
+                filled -= poured
+                to += poured
 
 
 @kernel(BACKWARD, sizes=5, allocates=True)
@@ -139,6 +159,7 @@ def backward_across(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes,
     terms_w, terms_b = terms[: parts * k], terms[parts * k :]
     strips = (s + places - 1) // places
     units = b * strips
+    joining = joins(dx, s, places, streaming)
     for part in prange(parts):
         own_w = terms_w[part * k : (part + 1) * k]
         own_b = terms_b[part * k : (part + 1) * k]
@@ -184,11 +205,18 @@ def backward_across(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes,
                         sums[0, c], sums[1, c], mean[set_ + c] - float64(hi[c]), rstd[set_ + c],
                         float64(k), has_mean,
                     )
+            kept, filled, to = np.empty(JOINED + LINE if joining else 0, dx.dtype), 0, start
             for r in range(k):
                 for c in range(n):
                     dscale[c] = near[c] * weight[r]
                 place = start + r * s
                 map_product_rows(
-                    x[place:], dy[place:], dx[place:], 1, 0, hi, scale, shift, dscale, 1, streaming
+                    x[place:], dy[place:], kept[filled:] if joining else dx[place:], 1, 0, hi,
+                    scale, shift, dscale, 1, streaming and not joining,
                 )
+                filled += s
+                if joining and (r + 1 == k or filled + s > JOINED):
+                    poured = pour(kept, filled, dx[to:], r + 1 == k)
+                    filled -= poured
+                    to += poured
     merge_terms(terms, dweight, dbias, parts)

@@ -35,6 +35,26 @@ def streamed(y):
 
 
 @inlined
+def pour(kept, n, y, last):
+    """The first n values of kept to y, whole lines past the caches, and the rest where they are the
+    last. How many were written; those that were not move to the front."""
+    line = LINE // bytes_of(y)
+    first = min(n, (LINE - address(y) % LINE) % LINE // bytes_of(y))
+    stop = first + (n - first) // line * line
+    for j in range(first):
+        y[j] = kept[j]
+    for j in range(first, stop, lanes(y)):
+        stream(y, j, load(kept, j))
+    if last:
+        for j in range(stop, n):
+            y[j] = kept[j]
+        return n
+    for j in range(n - stop):
+        kept[j] = kept[stop + j]
+    return stop
+
+
+@inlined
 def affine(x, hi, scale, shift):
     return (x - hi) * scale + shift
 

@@ -252,6 +252,24 @@ static inline void stream_two(stored *y, vec a, vec b)
     stream(y + WIDTH, b);
 }
 
+/* The 64 bytes at x, past the caches; y is aligned to 64 bytes. */
+static inline void stream_line(stored *y, const stored *x)
+{
+    vec v;
+    for (int at = 0; at < 64; at += FN_VECTOR) {
+        memcpy(&v, (const char *)x + at, sizeof v);
+#if defined(__AVX512F__)
+        _mm512_stream_si512((void *)y, (__m512i)v);
+#elif defined(__AVX__)
+        _mm256_stream_si256((void *)((char *)y + at), (__m256i)v);
+#elif defined(__SSE2__)
+        _mm_stream_si128((void *)((char *)y + at), (__m128i)v);
+#else
+        memcpy((char *)y + at, &v, sizeof v);
+#endif
+    }
+}
+
 /* Ask for a line that is needed soon, in the second-level cache. Any address may be asked for.
  * (Inlined at once: gcc takes a function that only prefetches for one without effect, and where it
  * finds that out before inlining, it drops the calls.) */

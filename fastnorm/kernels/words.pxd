@@ -34,6 +34,7 @@ cdef extern from "words.h" nogil:
     void store_part(stored* y, int64_t n, vec v)
     void stream(stored* y, vec v)
     void stream_two(stored* y, vec a, vec b)
+    void stream_line(stored* y, const stored* x)
     void stream_end()
     void fetch(const stored* x)
     void flush_lanes(const vec* lanes, double* total, bint add)
