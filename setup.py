@@ -39,7 +39,7 @@ COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden"]
 # Never fused multiply-adds, never -ffast-math: every level must give the same bits.
 MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NUMPY_API = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
-HAND_WRITTEN = ("fastnorm.c", "simple.c", "cpu.c", "parallel.c")
+HAND_WRITTEN = ("fastnorm.c", "simple.c", "parameters.c", "cpu.c", "parallel.c")
 MODULES = (
     "rows_forward", "rows_backward", "elements_backward", "columns", "columns_statistics", "across",
     "fused", "masks",

@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "short.h"
 #include "task.h"
 
 #define TRY(call)                                \
@@ -55,23 +54,6 @@ const char *fastnorm_status_string(fastnorm_status status)
 }
 
 /* ---- checks ------------------------------------------------------------------------------ */
-
-static size_t dtype_size(int32_t dtype)
-{
-    switch (dtype) {
-    case FASTNORM_FLOAT32: return 4;
-    case FASTNORM_FLOAT64: return 8;
-    case FASTNORM_FLOAT16:
-    case FASTNORM_BFLOAT16: return 2;
-    default: return 0;
-    }
-}
-
-/* The type of the arithmetic, and of the parameters that kernels read. */
-static int32_t work_dtype(int32_t dtype)
-{
-    return dtype == FASTNORM_FLOAT64 ? FASTNORM_FLOAT64 : FASTNORM_FLOAT32;
-}
 
 static fastnorm_status multiply(int64_t *product, int64_t factor)
 {
@@ -170,8 +152,8 @@ static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_ke
     out->var = take(from, groups * sizeof(double));
     out->dweight = take(from, channels * sizeof(double));
     out->dbias = take(from, channels * sizeof(double));
-    out->weight = take(from, channels * dtype_size(work_dtype(dtype)));
-    out->bias = take(from, channels * dtype_size(work_dtype(dtype)));
+    out->weight = take(from, channels * fn_size_of(fn_work_dtype(dtype)));
+    out->bias = take(from, channels * fn_size_of(fn_work_dtype(dtype)));
     out->counts = take(from, has_counts(task) ? (size_t)task->b * sizeof(int64_t) : 0);
     out->scratch = take(from, scratch_bytes(task, kernels));
 }
@@ -204,7 +186,7 @@ fastnorm_status fastnorm_workspace_size(const fastnorm_geometry *geometry, fastn
     arena count = {NULL, 0};
     pieces unused;
     if (!geometry || !bytes) return FASTNORM_NULL_POINTER;
-    if (!dtype_size(dtype)) return FASTNORM_BAD_DTYPE;
+    if (!fn_size_of(dtype)) return FASTNORM_BAD_DTYPE;
     TRY(check_geometry(geometry));
     set_geometry(&task, geometry);
     if (!is_empty(geometry))
@@ -253,132 +235,6 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     task->user = options->parallel_for_user;
 }
 
-/* ---- parameters -------------------------------------------------------------------------- */
-
-static double get(const void *array, int32_t dtype, int64_t at)
-{
-    switch (dtype) {
-    case FASTNORM_FLOAT32: {
-        float value;
-        memcpy(&value, (const char *)array + at * 4, sizeof value);
-        return value;
-    }
-    case FASTNORM_FLOAT64: {
-        double value;
-        memcpy(&value, (const char *)array + at * 8, sizeof value);
-        return value;
-    }
-    default: {
-        uint16_t bits;
-        memcpy(&bits, (const char *)array + at * 2, sizeof bits);
-        return dtype == FASTNORM_FLOAT16 ? fn_widen_float16(bits) : fn_widen_bfloat16(bits);
-    }
-    }
-}
-
-static void put(void *array, int32_t dtype, int64_t at, double value)
-{
-    const float narrowed = (float)value;
-    if (dtype == FASTNORM_FLOAT32) {
-        memcpy((char *)array + at * 4, &narrowed, sizeof narrowed);
-    } else if (dtype == FASTNORM_FLOAT64) {
-        memcpy((char *)array + at * 8, &value, sizeof value);
-    } else {
-        const uint16_t bits = dtype == FASTNORM_FLOAT16 ? fn_narrow_float16(narrowed)
-                                                        : fn_narrow_bfloat16(narrowed);
-        memcpy((char *)array + at * 2, &bits, sizeof bits);
-    }
-}
-
-/* get and put of n values. A loop for each of the usual types, so that it is one of vectors: weights
- * of 16 bits, or dweight and dbias of 4096, took longer than a small call's sums otherwise. */
-static void copy_all(void *to, int32_t to_dtype, const void *from, int32_t from_dtype, int64_t n)
-{
-    const fn_short *bits = from;
-    float *narrow = to; /* of a workspace */
-    if (to_dtype == FASTNORM_FLOAT32 && from_dtype == FASTNORM_BFLOAT16) {
-        for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_bfloat16(bits[at]);
-    } else if (to_dtype == FASTNORM_FLOAT32 && from_dtype == FASTNORM_FLOAT16) {
-        for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_float16(bits[at]);
-    } else {
-        for (int64_t at = 0; at < n; at++) put(to, to_dtype, at, get(from, from_dtype, at));
-    }
-}
-
-/* n zeros where `values` is NULL. */
-static void put_all(void *array, int32_t dtype, const double *values, int64_t n)
-{
-    if (!array) return;
-    if (dtype == FASTNORM_FLOAT32) {
-        for (int64_t at = 0; at < n; at++) {
-            float narrowed = values ? (float)values[at] : 0.0f;
-            memcpy((char *)array + at * 4, &narrowed, sizeof narrowed);
-        }
-    } else if (!values) {
-        memset(array, 0, (size_t)n * dtype_size(dtype));
-    } else if (dtype == FASTNORM_FLOAT64) {
-        memcpy(array, values, (size_t)n * sizeof *values);
-    } else if (dtype == FASTNORM_BFLOAT16) {
-        fn_short *bits = array;
-        for (int64_t at = 0; at < n; at++) bits[at] = fn_narrow_bfloat16((float)values[at]);
-    } else {
-        for (int64_t at = 0; at < n; at++) put(array, dtype, at, values[at]);
-    }
-}
-
-static void fill(void *array, int32_t dtype, double value, int64_t n)
-{
-    float *narrow = array;
-    double *wide = array;
-    for (int64_t at = 0; at < n; at++)
-        if (dtype == FASTNORM_FLOAT32) narrow[at] = (float)value;
-        else wide[at] = value;
-}
-
-/* The parameters in the working type: as they are where they have it, else a converted copy. Where
- * many rows are multiplied by them in turn, a copy that starts at a cache line: loads that
- * straddle two make the whole call take 1.05 to 1.15 times as long in cache. */
-static const void *parameters(const void *given, int32_t param_dtype, double otherwise,
-                              void *copy, int32_t dtype, const fastnorm_geometry *s)
-{
-    const int64_t n = s->g * s->k;
-    const size_t size = dtype_size(dtype), start = s->i == 1 && s->o == 1 && s->b > 64 ? 64 : size;
-    if (given && param_dtype == dtype) {
-        if ((uintptr_t)given % start == 0) return given;
-        memcpy(copy, given, (size_t)n * size);
-    } else if (given) {
-        copy_all(copy, dtype, given, param_dtype, n);
-    } else {
-        fill(copy, dtype, otherwise, n);
-    }
-    return copy;
-}
-
-/* Values of a set of b. */
-static double values_of(const fn_task *task, int64_t b)
-{
-    if (!task->mask) return (double)(task->o * task->k * task->i);
-    return (double)(task->k * (task->counts ? task->counts[b] : task->mask[b] != 0));
-}
-
-/* By the mean over b of the statistics, those of sets without a value left out. */
-static void move_running(void *running, int32_t dtype, const double *batch, int unbiased,
-                         double momentum, const fn_task *s)
-{
-    int64_t sets = 0;
-    if (!running) return;
-    for (int64_t b = 0; b < s->b; b++) sets += values_of(s, b) > 0;
-    for (int64_t g = 0; sets && g < s->g; g++) {
-        double mean = 0;
-        for (int64_t b = 0; b < s->b; b++) {
-            const double count = values_of(s, b);
-            mean += batch[b * s->g + g] * (unbiased && count > 1 ? count / (count - 1.0) : 1.0);
-        }
-        mean /= (double)sets;
-        put(running, dtype, g, (1.0 - momentum) * get(running, dtype, g) + momentum * mean);
-    }
-}
-
 /* ---- forward ----------------------------------------------------------------------------- */
 
 static void zero(double *array, int64_t n)
@@ -403,11 +259,11 @@ static fastnorm_status check_forward(const fastnorm_geometry *s, const fastnorm_
                                      const fastnorm_options *options, int32_t params)
 {
     const int given = a->flags & FASTNORM_GIVEN_STATISTICS;
-    const size_t size = dtype_size(a->dtype), sets = (size_t)sets_of(s);
+    const size_t size = fn_size_of(a->dtype), sets = (size_t)sets_of(s);
     const size_t bytes = sets * (size_t)(s->o * s->k * s->i) * size;
-    const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
-    const size_t running = (size_t)s->g * dtype_size(params);
-    if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
+    const size_t channels = (size_t)(s->g * s->k) * fn_size_of(params);
+    const size_t running = (size_t)s->g * fn_size_of(params);
+    if (!size || !fn_size_of(params)) return FASTNORM_BAD_DTYPE;
     if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS | FASTNORM_BIASED_RUNNING_VAR))
         return FASTNORM_BAD_FLAGS;
     if (given && (s->b != 1 || s->s > 1 || a->flags & FASTNORM_NO_MEAN)) return FASTNORM_BAD_FLAGS;
@@ -506,9 +362,8 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     } else {
         task.residual = args->residual;
     }
-    task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
-                             geometry);
-    task.bias = parameters(args->bias, params, 0, part.bias, work_dtype(args->dtype), geometry);
+    task.weight = fn_parameters(args->weight, params, 1, part.weight, args->dtype, geometry);
+    task.bias = fn_parameters(args->bias, params, 0, part.bias, args->dtype, geometry);
     set_mask(&task, args->mask, part.counts);
     task.fused = task.activation || task.residual || task.mask;
     task.eps = args->eps;
@@ -522,20 +377,20 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     }
     if (task.given) {
         for (int64_t g = 0; g < geometry->g; g++) {
-            task.mean[g] = get(args->running_mean, params, g);
-            task.var[g] = get(args->running_var, params, g);
+            task.mean[g] = fn_get(args->running_mean, params, g);
+            task.var[g] = fn_get(args->running_var, params, g);
             if (args->mean) args->mean[g] = task.mean[g];
             if (args->var) args->var[g] = task.var[g];
             if (args->rstd) args->rstd[g] = 1.0 / sqrt(task.var[g] + task.eps);
         }
     }
-    choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
+    choose_threads_and_stores(&task, &options, fn_size_of(args->dtype));
     (task.s > 1 ? kernels->across_forward
      : in_columns(&task) ? kernels->columns_forward : kernels->rows_forward)(&task);
     if (!task.given) {
         const int unbiased = !(args->flags & FASTNORM_BIASED_RUNNING_VAR);
-        move_running(args->running_mean, params, task.mean, 0, args->momentum, &task);
-        move_running(args->running_var, params, task.var, unbiased, args->momentum, &task);
+        fn_move_running(args->running_mean, params, task.mean, 0, args->momentum, &task);
+        fn_move_running(args->running_var, params, task.var, unbiased, args->momentum, &task);
     }
     free(allocated);
     return FASTNORM_OK;
@@ -546,10 +401,10 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
 static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm_backward_args *a,
                                       const fastnorm_options *options, int32_t params)
 {
-    const size_t size = dtype_size(a->dtype), sets = (size_t)sets_of(s);
+    const size_t size = fn_size_of(a->dtype), sets = (size_t)sets_of(s);
     const size_t bytes = sets * (size_t)(s->o * s->k * s->i) * size;
-    const size_t channels = (size_t)(s->g * s->k) * dtype_size(params);
-    if (!size || !dtype_size(params)) return FASTNORM_BAD_DTYPE;
+    const size_t channels = (size_t)(s->g * s->k) * fn_size_of(params);
+    if (!size || !fn_size_of(params)) return FASTNORM_BAD_DTYPE;
     if (a->flags & ~(FASTNORM_NO_MEAN | FASTNORM_GIVEN_STATISTICS)) return FASTNORM_BAD_FLAGS;
     TRY(check_activation(a->activation, a->negative_slope));
     if (a->dsum && (s->o != 1 || s->i != 1 || s->s > 1)) return FASTNORM_BAD_FUSION;
@@ -598,8 +453,8 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
 
     const int64_t channels = geometry->g * geometry->k;
     if (is_empty(geometry)) {
-        put_all(args->dweight, params, NULL, channels);
-        put_all(args->dbias, params, NULL, channels);
+        fn_put_all(args->dweight, params, NULL, channels);
+        fn_put_all(args->dbias, params, NULL, channels);
         return FASTNORM_OK;
     }
     TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
@@ -613,10 +468,9 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.x = args->x;
     task.dy = args->dy;
     task.y = args->dx;
-    task.weight = parameters(args->weight, params, 1, part.weight, work_dtype(args->dtype),
-                             geometry);
-    task.bias = parameters(args->activation ? args->bias : NULL, params, 0, part.bias,
-                           work_dtype(args->dtype), geometry);
+    task.weight = fn_parameters(args->weight, params, 1, part.weight, args->dtype, geometry);
+    task.bias = fn_parameters(args->activation ? args->bias : NULL, params, 0, part.bias,
+                              args->dtype, geometry);
     task.dsum = args->dsum;
     set_mask(&task, args->mask, part.counts);
     if (args->activation) {
@@ -635,11 +489,11 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     task.dweight = part.dweight;
     task.dbias = part.dbias;
     task.scratch = part.scratch;
-    choose_threads_and_stores(&task, &options, dtype_size(args->dtype));
+    choose_threads_and_stores(&task, &options, fn_size_of(args->dtype));
     (task.s > 1 ? kernels->across_backward
      : in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
-    put_all(args->dweight, params, part.dweight, channels);
-    put_all(args->dbias, params, part.dbias, channels);
+    fn_put_all(args->dweight, params, part.dweight, channels);
+    fn_put_all(args->dbias, params, part.dbias, channels);
     free(allocated);
     return FASTNORM_OK;
 }

@@ -68,6 +68,20 @@ typedef void (*fn_body)(void *context, int64_t index);
 void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context, int backwards);
 int fn_available_threads(void);
 
+/* parameters.c: arrays of any element type of fastnorm.h */
+size_t fn_size_of(int32_t dtype);        /* of an element; 0 of none */
+int32_t fn_work_dtype(int32_t dtype);    /* of the arithmetic, and the parameters that kernels read */
+double fn_get(const void *array, int32_t dtype, int64_t at);
+/* The n values, or as many zeros where values is NULL; nowhere where array is. */
+void fn_put_all(void *array, int32_t dtype, const double *values, int64_t n);
+/* Weights or biases in the working type: as they are where they have it, else a copy; of NULL,
+ * `otherwise` everywhere. */
+const void *fn_parameters(const void *given, int32_t param_dtype, double otherwise, void *copy,
+                          int32_t dtype, const fastnorm_geometry *s);
+/* By the mean over b of the batch's statistics, those of sets without a value left out. */
+void fn_move_running(void *running, int32_t dtype, const double *batch, int unbiased,
+                     double momentum, const fn_task *task);
+
 /* cpu.c: NULL where this processor or build lacks the level */
 const fn_kernels *fn_find_kernels(int32_t dtype, int32_t isa);
 int64_t fn_l2_bytes(void);
