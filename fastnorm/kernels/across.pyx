@@ -15,16 +15,16 @@ Which thread takes which strip never changes a bit: dweight is summed by parts o
 depend on the geometry alone, and merged in their order.
 """
 
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.down cimport *
+from fastnorm.kernels.joint cimport *
 from fastnorm.kernels.words cimport *
 
 cdef enum:
     SMALL = 196608  # bytes of a strip that leave room in a second-level cache
     PLACES = 1024  # in a strip, at most
     PARTS = 32  # of the strips, that sum dweight each for themselves
-    JOINED = 4096  # values of rows that are put together
     SAMPLED = 4  # values of a set whose average its sums are taken about
 
 
@@ -289,13 +289,6 @@ cdef inline void map_rows(
                     past_weight(dscale, c), n - c, weight, bias, False, ahead, 1)
 
 
-cdef struct joint:
-    # Rows of y that lie one behind the other, put together to be streamed as whole lines.
-    stored* to
-    int64_t n
-    stored kept[JOINED + 64]
-
-
 cdef inline bint joins(const plan* p) noexcept nogil:
     """Whether rows are put together (0.55 to 0.9 of the time): where they start anywhere in a line,
     or much of them would not be streamed (where little is, 1.0 to 1.06)."""
@@ -304,23 +297,6 @@ cdef inline bint joins(const plan* p) noexcept nogil:
     return (t.stream and p.strips == 1 and t.mask == NULL and lead >= 0
             and (lead > 0 or t.s * <int64_t> sizeof(stored) % 64 != 0
                  or t.s % (CHUNK * WIDTH) > t.s // 8))
-
-
-cdef inline void stream_joint(joint* j, int64_t more, bint last) noexcept nogil:
-    """Out with the whole lines, and with the rest where it is the last."""
-    cdef int64_t line = 64 // <int64_t> sizeof(stored), p
-    j.n += more
-    p = minimum(j.n, until_aligned(j.to))
-    memcpy(j.to, j.kept, p * sizeof(stored))
-    while p + line <= j.n:
-        stream_line(j.to + p, j.kept + p)
-        p += line
-    if last:
-        memcpy(j.to + p, j.kept + p, (j.n - p) * sizeof(stored))
-        return
-    j.n -= p
-    j.to += p
-    memmove(j.kept, j.kept + p, j.n * sizeof(stored))
 
 
 cdef inline void map_unit(
