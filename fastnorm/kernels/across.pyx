@@ -211,29 +211,31 @@ cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, in
 
 
 cdef inline void map_columns(
-    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, const work* hi,
-    const work* scale, const work* shift, const work* dscale, int64_t n, const work* weight,
-    const work* bias, bint streaming, int64_t ahead, int vectors
+    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t first,
+    int64_t n, const coefficients* c, bint streaming, int64_t ahead, int vectors
 ) noexcept nogil:
-    """map_rows of n columns: `vectors` vecs, the last of several as far back as it must be to
-    be whole (0.93 to 1.0 of the time of a part). y may be x or dy: a row is loaded before it is
-    stored."""
-    cdef vec h[CHUNK]
-    cdef vec a[CHUNK]
-    cdef vec b[CHUNK]
-    cdef vec e[CHUNK]
+    """map_rows of n columns from `first` on: `vectors` vecs, the last of several as far back as it
+    must be to be whole (0.93 to 1.0 of the time of a part). y may be x or dy: a row is loaded
+    before it is stored."""
+    cdef vec hi[CHUNK]
+    cdef vec scale[CHUNK]
+    cdef vec shift[CHUNK]
+    cdef vec dscale[CHUNK]
     cdef vec z[CHUNK]
     cdef vec u
     cdef int64_t end = n - WIDTH, row, at
     cdef bint part = vectors == 1 and n < WIDTH
     cdef int v
+    x += first
+    dy = past(dy, first)
+    y += first
     for v in range(vectors):
-        at = end if vectors > 1 and v == vectors - 1 else v * WIDTH
-        h[v] = load_work(hi + at)
-        a[v] = load_work(scale + at)
-        b[v] = load_work(shift + at)
+        at = first + (end if vectors > 1 and v == vectors - 1 else v * WIDTH)
+        hi[v] = load_work(c.hi + at)
+        scale[v] = load_work(c.scale + at)
+        shift[v] = load_work(c.shift + at)
         if dy != NULL:
-            e[v] = load_work(dscale + at)
+            dscale[v] = load_work(c.dscale + at)
     for row in range(rows):
         for v in range(vectors):
             at = end if vectors > 1 and v == vectors - 1 else v * WIDTH
@@ -242,12 +244,12 @@ cdef inline void map_columns(
                 if dy != NULL:
                     fetch(dy + at + ahead)
             z[v] = load_part(x + at, n, 0) if part else load(x + at)
-            z[v] = (z[v] - h[v]) * a[v] + b[v]
+            z[v] = (z[v] - hi[v]) * scale[v] + shift[v]
             if dy == NULL:
-                z[v] = z[v] * splat(weight[row]) + splat(bias[row])
+                z[v] = z[v] * splat(c.weight[row]) + splat(c.bias[row])
                 continue
             u = load_part(dy + at, n, 0) if part else load(dy + at)
-            z[v] = z[v] + u * (e[v] * splat(weight[row]))
+            z[v] = z[v] + u * (dscale[v] * splat(c.weight[row]))
         if part:
             store_part(y, n, z[0])
         elif n == vectors * WIDTH:
@@ -262,31 +264,25 @@ cdef inline void map_columns(
 
 cdef inline void map_rows(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const work* hi, const work* scale, const work* shift, const work* dscale, const work* weight,
-    const work* bias, bint streaming, int64_t ahead
+    const coefficients* c, bint streaming, int64_t ahead
 ) noexcept nogil:
     """y = ((x - hi)*scale + shift)*weight + bias, or where dy is not NULL,
     y = (x - hi)*scale + shift + dy*(dscale*weight); hi, scale, shift and dscale of a column, weight
     and bias of a row. Rows are streamed where each starts at a line."""
-    cdef int64_t c = 0
+    cdef int64_t at = 0
     cdef bint lines = (streaming and until_aligned(y) == 0
                        and stride * <int64_t> sizeof(stored) % 64 == 0)
-    while c + CHUNK * WIDTH <= n:
-        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
-                    past_weight(dscale, c), CHUNK * WIDTH, weight, bias, lines, ahead, CHUNK)
-        c += CHUNK * WIDTH
-    if n - c > 3 * WIDTH:
-        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
-                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 4)
-    elif n - c > 2 * WIDTH:
-        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
-                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 3)
-    elif n - c > WIDTH:
-        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
-                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 2)
-    elif n > c:
-        map_columns(x + c, past(dy, c), y + c, rows, stride, hi + c, scale + c, shift + c,
-                    past_weight(dscale, c), n - c, weight, bias, False, ahead, 1)
+    while at + CHUNK * WIDTH <= n:
+        map_columns(x, dy, y, rows, stride, at, CHUNK * WIDTH, c, lines, ahead, CHUNK)
+        at += CHUNK * WIDTH
+    if n - at > 3 * WIDTH:
+        map_columns(x, dy, y, rows, stride, at, n - at, c, False, ahead, 4)
+    elif n - at > 2 * WIDTH:
+        map_columns(x, dy, y, rows, stride, at, n - at, c, False, ahead, 3)
+    elif n - at > WIDTH:
+        map_columns(x, dy, y, rows, stride, at, n - at, c, False, ahead, 2)
+    elif n > at:
+        map_columns(x, dy, y, rows, stride, at, n - at, c, False, ahead, 1)
 
 
 cdef inline bint joins(const plan* p) noexcept nogil:
@@ -299,28 +295,25 @@ cdef inline bint joins(const plan* p) noexcept nogil:
                  or t.s % (CHUNK * WIDTH) > t.s // 8))
 
 
-cdef inline void map_unit(
-    const plan* p, int64_t at, int64_t n, const strip* w, const work* row_scale,
-    const work* row_shift, const work* dscale, int64_t ahead
-) noexcept nogil:
+cdef inline void map_unit(const plan* p, int64_t at, int64_t n, const coefficients* of_columns,
+                          int64_t ahead) noexcept nogil:
     """map_rows of the strip of n places at `at`."""
     cdef const fn_task* t = p.task
+    cdef coefficients c = of_columns[0]
     cdef const stored* x = <const stored*> t.x + at
     cdef const stored* dy = past(<const stored*> t.dy, at)
     cdef stored* y = <stored*> t.y + at
-    cdef const work* weight = <const work*> t.weight
-    cdef const work* bias = <const work*> t.bias if t.dy == NULL else NULL
     cdef int64_t row = 0, step = rows_at_once(n), count
     cdef bint joining = joins(p)
     cdef joint j
+    c.weight, c.bias = <const work*> t.weight, <const work*> t.bias
     if joining:
         step = minimum(step, JOINED // n)
         j.to = y
         j.n = 0
     while row < t.k:
         count = minimum(step, t.k - row)
-        map_rows(x, dy, &j.kept[j.n] if joining else y, count, t.s, n, w.hi, row_scale, row_shift,
-                 dscale, weight + row, past_weight(bias, row),
+        map_rows(x, dy, &j.kept[j.n] if joining else y, count, t.s, n, &c,
                  t.stream and t.mask == NULL and not joining, ahead)
         row += count
         if joining:
@@ -328,6 +321,8 @@ cdef inline void map_unit(
         x += count * t.s
         dy = past(dy, count * t.s)
         y += count * t.s
+        c.weight += count
+        c.bias += count
 
 
 cdef inline void load_row(strip* w, int64_t n, work weight, work bias) noexcept nogil:
@@ -337,6 +332,17 @@ cdef inline void load_row(strip* w, int64_t n, work weight, work bias) noexcept 
         w.row_shift[c] = w.shift[c] * weight + bias
 
 
+cdef inline void map_fused_unit(const fn_task* t, int64_t at, int64_t n, strip* w) noexcept nogil:
+    """map_fused of the strip of n places at `at`, row by row."""
+    cdef const work* weight = <const work*> t.weight
+    cdef const work* bias = <const work*> t.bias
+    cdef coefficients c = affine_map(OF_PLACES, w.hi, w.row_scale, w.row_shift)
+    cdef int64_t row
+    for row in range(t.k):
+        load_row(w, n, weight[row], bias[row])
+        map_fused(t, at + row * t.s, n, 1, 0, &c)
+
+
 cdef void forward_unit(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
@@ -344,13 +350,12 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
     cdef int64_t n, set_, row = 0, count, since = 0, ahead = look_ahead(p, index, p.units)
     cdef int64_t at = bounds(p, index, &n, &set_), step = rows_at_once(n)
     cdef const stored* x = <const stored*> t.x + at
-    cdef const work* weight = <const work*> t.weight
-    cdef const work* bias = <const work*> t.bias
+    cdef coefficients c = affine_map(OF_PLACES, w.hi, w.scale, w.shift)
     sample_sets(t, x, n, &w)
     clear(&w)
     while row < t.k:
         count = minimum(step, t.k - row)
-        sum_rows(x + row * t.s, NULL, count, t.s, n, w.hi, NULL, NULL, w.s, w.q,
+        sum_rows(x + row * t.s, NULL, count, t.s, n, &c, w.s, w.q,
                  count * t.s if step == STEP else 0)
         row += count
         since += count
@@ -359,12 +364,9 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
             since = 0
     finish_sets(t, x, set_, n, &w)
     if t.fused:
-        for row in range(t.k):
-            load_row(&w, n, weight[row], bias[row])
-            map_fused(t, at + row * t.s, n, 1, 0, w.hi, w.row_scale, w.row_shift, OF_PLACES,
-                      NULL, NULL)
+        map_fused_unit(t, at, n, &w)
     else:
-        map_unit(p, at, n, &w, w.scale, w.shift, NULL, ahead)
+        map_unit(p, at, n, &c, ahead)
     if t.stream:
         stream_end()
 
@@ -535,6 +537,8 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
     cdef const work* weight = <const work*> t.weight
     cdef const stored* x
     cdef const stored* dy
+    cdef coefficients c = affine_map(OF_PLACES, w.hi, w.row_scale, w.row_shift)
+    c.dscale = w.scale
     memset(dweight, 0, 2 * t.k * sizeof(double))
     for unit in range(part * p.units // p.parts, stop):
         at = bounds(p, unit, &n, &set_)
@@ -543,10 +547,7 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
         dy = <const stored*> t.dy + at
         start_sets(t, set_, n, &w)
         if t.upstream != NULL:
-            for row in range(t.k):
-                load_row(&w, n, weight[row], (<const work*> t.bias)[row])
-                map_fused(t, at + row * t.s, n, 1, 0, w.hi, w.row_scale, w.row_shift, OF_PLACES,
-                          NULL, NULL)
+            map_fused_unit(t, at, n, &w)
         clear(&w)
         row = 0
         while row < t.k:
@@ -568,7 +569,7 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
             if row % RUN == 0 or row == t.k:
                 flush(&w, n)
         finish_terms(t, set_, n, &w)
-        map_unit(p, at, n, &w, w.row_scale, w.row_shift, w.scale, ahead)
+        map_unit(p, at, n, &c, ahead)
         if t.mask != NULL:
             for row in range(t.k):
                 blank(<stored*> t.y + at + row * t.s, t.mask + set_, n)

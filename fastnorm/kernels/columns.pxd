@@ -73,8 +73,14 @@ cdef inline work* coefficients_of(const plan* p, int64_t b) noexcept nogil:
     return <work*> sums_of(p, b, p.tiles)
 
 
-cdef inline const work* gate_of(const plan* p, int64_t b) noexcept nogil:
-    return coefficients_of(p, b) + 4 * p.padded if p.task.gated else NULL
+cdef inline coefficients map_from(const plan* p, int64_t b, int64_t column) noexcept nogil:
+    """Those of the columns from this one on."""
+    cdef const work* hi = coefficients_of(p, b) + column
+    cdef coefficients c = affine_map(OF_PLACES, hi, hi + p.padded, hi + 2 * p.padded)
+    c.dscale = hi + 3 * p.padded
+    if p.task.gated:
+        c.gate_scale, c.gate_shift = hi + 4 * p.padded, hi + 5 * p.padded
+    return c
 
 
 cdef inline int64_t* counts_of(const plan* p, int64_t b) noexcept nogil:

@@ -54,12 +54,11 @@ cdef inline void flush_columns(int64_t width, work* lanes, double* total) noexce
 cdef void map_fused_rows(const plan* p, int64_t b, int64_t row, int64_t rows, int64_t c,
                          int64_t n) noexcept nogil:
     """Columns [c, c + n) of these rows, with a forward's coefficients."""
-    cdef const work* hi = coefficients_of(p, b) + c
-    map_fused(p.task, b * p.task.o * p.channels + row * p.width + c, n, rows, p.width, hi,
-              hi + p.padded, hi + 2 * p.padded, OF_PLACES, NULL, NULL)
+    cdef coefficients m = map_from(p, b, c)
+    map_fused(p.task, b * p.task.o * p.channels + row * p.width + c, n, rows, p.width, &m)
 
 
-cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const work* about,
+cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const coefficients* m,
                    work* s, work* q) noexcept nogil:
     """sum_rows of a row whose copies may count or not."""
     cdef const fn_task* t = p.task
@@ -70,7 +69,7 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
     if valid_among(mask_of(p, b, row), copies) == NONE_VALID:
         return
     while c < n:
-        store_part(kept + c, minimum(WIDTH, n - c), load_work(about + c))
+        store_part(kept + c, minimum(WIDTH, n - c), load_work(m.hi + c))
         c += WIDTH
     memset(kept_dy, 0, n * sizeof(stored))
     for c in range(copies):
@@ -78,7 +77,7 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
             memcpy(kept + c * p.channels, <const stored*> t.x + at + c * p.channels, bytes)
             if t.dy != NULL:
                 memcpy(kept_dy + c * p.channels, <const stored*> t.dy + at + c * p.channels, bytes)
-    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, about, NULL, NULL, s, q, 0)
+    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, m, s, q, 0)
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
@@ -89,8 +88,7 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef int64_t at = b * t.o * p.channels, since = 0
     cdef const stored* x = <const stored*> t.x + at
     cdef const stored* dy = past(<const stored*> t.dy, at)
-    cdef const work* about = coefficients_of(p, b)
-    cdef const work* gate = gate_of(p, b)
+    cdef coefficients m = map_from(p, b, 0)
     cdef double* total = sums_of(p, b, tile)
     cdef work* s = lanes_of(p, b, tile)
     cdef work* q = s + p.padded
@@ -103,11 +101,10 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         if t.upstream != NULL:
             map_fused_rows(p, b, row, count, 0, p.width)
         if whole > 0:
-            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, about,
-                     gate, past_weight(gate, p.padded), s, q,
+            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, &m, s, q,
                      count * p.width if t.far and p.step == STEP else 0)
         elif p.copies > 1:
-            sum_gaps(p, b, row, p.copies, about, s, q)
+            sum_gaps(p, b, row, p.copies, &m, s, q)
         row += count
         since += count
         if since == RUN:
@@ -121,10 +118,9 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
         if t.upstream != NULL:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
         if t.mask == NULL:
-            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, about, gate,
-                     past_weight(gate, p.padded), s, q, 0)
+            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, &m, s, q, 0)
         else:
-            sum_gaps(p, b, stop, p.rest // p.channels, about, s, q)
+            sum_gaps(p, b, stop, p.rest // p.channels, &m, s, q)
         flush_columns(p.rest, s, total)
         flush_columns(p.rest, q, total + p.width)
 
@@ -133,96 +129,91 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
 
 
 cdef inline void map_down(
-    const stored* x, const stored* dy, stored* y, int64_t rows, const work* hi, const work* scale,
-    const work* shift, const work* dscale, const work* gate_scale, const work* gate_shift,
+    const stored* x, const stored* dy, stored* y, int64_t rows, const coefficients* m,
     bint streaming, int vectors
 ) noexcept nogil:
     """map_row for whole rows of a few vectors: the coefficients stay in registers."""
-    cdef vec h[CHUNK]
-    cdef vec a[CHUNK]
-    cdef vec b[CHUNK]
-    cdef vec c[CHUNK]
+    cdef vec hi[CHUNK]
+    cdef vec scale[CHUNK]
+    cdef vec shift[CHUNK]
+    cdef vec dscale[CHUNK]
     cdef vec y_row[CHUNK]
     cdef vec gates[2 * CHUNK]
     cdef vec d = splat(0)
+    cdef bint gated = m.gate_scale != NULL
     cdef int64_t _row
     cdef int v
     for v in range(vectors):
-        h[v] = load_work(hi + v * WIDTH)
-        a[v] = load_work(scale + v * WIDTH)
-        b[v] = load_work(shift + v * WIDTH)
-        c[v] = d if dy == NULL else load_work(dscale + v * WIDTH)
-        if gate_scale != NULL:
-            gates[2 * v] = load_work(gate_scale + v * WIDTH)
-            gates[2 * v + 1] = load_work(gate_shift + v * WIDTH)
+        hi[v] = load_work(m.hi + v * WIDTH)
+        scale[v] = load_work(m.scale + v * WIDTH)
+        shift[v] = load_work(m.shift + v * WIDTH)
+        dscale[v] = d if dy == NULL else load_work(m.dscale + v * WIDTH)
+        if gated:
+            gates[2 * v] = load_work(m.gate_scale + v * WIDTH)
+            gates[2 * v + 1] = load_work(m.gate_shift + v * WIDTH)
     for _row in range(rows):
         for v in range(vectors):
             if dy != NULL:
                 d = load(dy + v * WIDTH)
-            y_row[v] = mapped(load(x + v * WIDTH), d, h[v], a[v], b[v], c[v], dy != NULL,
-                              NULL if gate_scale == NULL else gates + 2 * v)
+            y_row[v] = mapped(load(x + v * WIDTH), d, hi[v], scale[v], shift[v], dscale[v],
+                              dy != NULL, gates + 2 * v if gated else NULL)
         put_all(y, y_row, streaming, vectors)
         x += vectors * WIDTH
         y += vectors * WIDTH
         dy = past(dy, vectors * WIDTH)
 
 
-cdef inline void map_part(const plan* p, int64_t row, int64_t c, int64_t n, const work* hi,
-                          const work* gate) noexcept nogil:
-    """Columns [c, c + n) of the row that starts at `row`."""
+cdef inline void map_some(const plan* p, int64_t b, int64_t row, int64_t c, int64_t n,
+                          bint streaming, int64_t ahead) noexcept nogil:
+    """Columns [c, c + n) of the row whose values start at `row`."""
     cdef const fn_task* t = p.task
+    cdef coefficients m = map_from(p, b, c)
     map_row(<const stored*> t.x + row + c, past(<const stored*> t.dy, row + c),
-            <stored*> t.y + row + c, n, hi + c, hi + p.padded + c, hi + 2 * p.padded + c,
-            hi + 3 * p.padded + c, past_weight(gate, c), past_weight(gate, p.padded + c), False, 0)
+            <stored*> t.y + row + c, n, &m, streaming, ahead)
 
 
-cdef inline void map_rows_down(
-    const plan* p, int64_t at, int64_t rows, const work* hi, const work* gate, int vectors
-) noexcept nogil:
-    """Rows of `vectors` vectors. Where y is streamed and does not start at a line, whole lines from
-    there on are rows too, with the coefficients turned by as much."""
+cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t rows,
+                               int vectors) noexcept nogil:
+    """Rows of `vectors` vectors from `at` on. Where y is streamed and does not start at a line,
+    whole lines from there on are rows too, with the coefficients turned by as much."""
     cdef const fn_task* t = p.task
     cdef stored* y = <stored*> t.y
     cdef bint streaming = t.stream and until_aligned(y + at) >= 0
-    cdef int64_t first = until_aligned(y + at) if streaming else 0, last = at + rows * p.width, c
+    cdef int64_t first = until_aligned(y + at) if streaming else 0, last = at + rows * p.width, j
     cdef const stored* dy = past(<const stored*> t.dy, at + first)
-    cdef int64_t arrays = 4 if gate == NULL else 6
+    cdef coefficients m = map_from(p, b, 0)
+    cdef int64_t arrays = 6 if t.gated else 4
     cdef work turned[6][CHUNK * MOST_WIDTH]
     if first == 0:
-        map_down(<const stored*> t.x + at, dy, y + at, rows, hi, hi + p.padded, hi + 2 * p.padded,
-                 hi + 3 * p.padded, gate, past_weight(gate, p.padded), streaming, vectors)
+        map_down(<const stored*> t.x + at, dy, y + at, rows, &m, streaming, vectors)
         return
     first = first % p.width
-    for c in range(arrays):
-        memcpy(turned[c], hi + c * p.padded + first, (p.width - first) * sizeof(work))
-        memcpy(turned[c] + p.width - first, hi + c * p.padded, first * sizeof(work))
-    map_part(p, at, 0, first, hi, gate)
-    map_down(<const stored*> t.x + at + first, dy, y + at + first, rows - 1, turned[0], turned[1],
-             turned[2], turned[3], NULL if gate == NULL else turned[4], turned[5], True, vectors)
-    map_part(p, last - p.width, first, p.width - first, hi, gate)
+    for j in range(arrays):
+        memcpy(turned[j], m.hi + j * p.padded + first, (p.width - first) * sizeof(work))
+        memcpy(turned[j] + p.width - first, m.hi + j * p.padded, first * sizeof(work))
+    m = affine_map(OF_PLACES, turned[0], turned[1], turned[2])
+    m.dscale = turned[3]
+    if t.gated:
+        m.gate_scale, m.gate_shift = turned[4], turned[5]
+    map_some(p, b, at, 0, first, False, 0)
+    map_down(<const stored*> t.x + at + first, dy, y + at + first, rows - 1, &m, True, vectors)
+    map_some(p, b, last - p.width, first, p.width - first, False, 0)
 
 
 cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef int64_t at = b * t.o * p.channels + row * p.width, n, c = 0, _r
-    cdef const work* hi = coefficients_of(p, b)
-    cdef const work* scale = hi + p.padded
-    cdef const work* shift = scale + p.padded
-    cdef const work* dscale = shift + p.padded
-    cdef const work* gate = gate_of(p, b)
+    cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, c = 0, _r
     if p.width == 4 * WIDTH:
-        map_rows_down(p, at, stop - row, hi, gate, 4)
+        map_rows_down(p, b, start, stop - row, 4)
         return
     if p.width == 3 * WIDTH:
-        map_rows_down(p, at, stop - row, hi, gate, 3)
+        map_rows_down(p, b, start, stop - row, 3)
         return
     while c < p.width:
         n = minimum(STRIP, p.width - c)
-        at = b * t.o * p.channels + row * p.width + c
+        at = start
         for _r in range(row, stop):
-            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n,
-                    hi + c, scale + c, shift + c, dscale + c, past_weight(gate, c),
-                    past_weight(gate, p.padded + c), t.stream, t.ahead)
+            map_some(p, b, at, c, n, t.stream, t.ahead)
             at += p.width
         c += n
 
@@ -230,13 +221,11 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) no
 cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept nogil:
     """The first n values of a row whose copies may count or not."""
     cdef const fn_task* t = p.task
-    cdef const work* hi = coefficients_of(p, b)
     cdef int64_t at = b * t.o * p.channels + row * p.width
     if valid_among(mask_of(p, b, row), n // p.channels) == NONE_VALID:
         memset(<stored*> t.y + at, 0, n * sizeof(stored))
         return
-    map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at, n, hi,
-            hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, NULL, NULL, False, 0)
+    map_some(p, b, at, 0, n, False, 0)
     blank_gaps(t, <stored*> t.y + at, at, n)
 
 
@@ -245,8 +234,6 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
     cdef int64_t rest = p.rest if tile == p.tiles - 1 else 0
     cdef int64_t at = (b + 1) * t.o * p.channels - rest, n, c = 0
-    cdef const work* hi = coefficients_of(p, b)
-    cdef const work* gate = gate_of(p, b)
     if t.dy == NULL and (t.activation != 0 or t.residual != NULL):
         while c < p.width:
             n = minimum(STRIP, p.width - c)
@@ -257,9 +244,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     elif t.mask == NULL:
         map_whole_rows(p, b, row, stop)
         if rest > 0:
-            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    rest, hi, hi + p.padded, hi + 2 * p.padded, hi + 3 * p.padded, gate,
-                    past_weight(gate, p.padded), t.stream, 0)
+            map_some(p, b, at, 0, rest, t.stream, 0)
     else:
         while row < stop:
             n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies

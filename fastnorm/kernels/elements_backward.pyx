@@ -9,13 +9,29 @@ from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
 
 
-cdef inline void backward_columns(
-    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t rows,
-    int64_t n, const work* weight, const terms* c, work* sum_w, work* sum_b,
-    bint streaming, int64_t ahead, int vectors
-) noexcept nogil:
-    """n = vectors*WIDTH columns, or fewer in one vec, of some rows. Where sum_b is NULL, of a
-    forward that only scales."""
+cdef struct strip:
+    # n columns of some rows; dweight and dbias go onto sum_w and sum_b, which have room for whole
+    # vectors. Where sum_b is NULL, the forward only scales.
+    const stored* x
+    const stored* dy
+    const stored* dsum
+    stored* y
+    int64_t rows
+    int64_t stride
+    int64_t n
+    const terms* c  # of each row
+    const work* weight
+    work* sum_w
+    work* sum_b
+
+
+cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint streaming,
+                                  int64_t ahead, int vectors) noexcept nogil:
+    """The columns [first, first + n): `vectors` whole vecs, or one that may be a part."""
+    cdef const stored* x = s.x + first
+    cdef const stored* dy = s.dy + first
+    cdef const stored* dsum = past(s.dsum, first)
+    cdef stored* y = s.y + first
     cdef vec a[CHUNK]
     cdef vec b[CHUNK]
     cdef vec w[CHUNK]
@@ -25,16 +41,17 @@ cdef inline void backward_columns(
     cdef int64_t at, r
     cdef int v
     for v in range(vectors):
-        a[v] = load_work(sum_w + v * WIDTH)
-        if sum_b != NULL:
-            b[v] = load_work(sum_b + v * WIDTH)
-        w[v] = load_work(weight + v * WIDTH) if whole else load_work_part(weight, n, 0)
-    for r in range(rows):
-        hi = splat(c[r].hi)
-        rstd = splat(<work> c[r].rstd)
-        offset = splat(c[r].offset)
-        scale = splat(c[r].scale)
-        shift = splat(c[r].shift)
+        at = first + v * WIDTH
+        a[v] = load_work(s.sum_w + at)
+        if s.sum_b != NULL:
+            b[v] = load_work(s.sum_b + at)
+        w[v] = load_work(s.weight + at) if whole else load_work_part(s.weight + at, n, 0)
+    for r in range(s.rows):
+        hi = splat(s.c[r].hi)
+        rstd = splat(<work> s.c[r].rstd)
+        offset = splat(s.c[r].offset)
+        scale = splat(s.c[r].scale)
+        shift = splat(s.c[r].shift)
         for v in range(vectors):
             at = v * WIDTH
             if ahead:
@@ -42,7 +59,7 @@ cdef inline void backward_columns(
                 fetch(dy + at + ahead)
             d = load(x + at) if whole else load_part(x + at, n, 0)
             u = load(dy + at) if whole else load_part(dy + at, n, 0)
-            if sum_b == NULL:
+            if s.sum_b == NULL:
                 a[v] = a[v] + u * (d * rstd)
                 d = d * scale + u * w[v] * rstd
             else:
@@ -57,40 +74,31 @@ cdef inline void backward_columns(
             put_all(y, dx, streaming, vectors)
         else:
             store_part(y, n, dx[0])
-        x += stride
-        dy += stride
-        dsum = past(dsum, stride)
-        y += stride
+        x += s.stride
+        dy += s.stride
+        dsum = past(dsum, s.stride)
+        y += s.stride
     for v in range(vectors):
-        memcpy(sum_w + v * WIDTH, &a[v], sizeof(vec))
-        if sum_b != NULL:
-            memcpy(sum_b + v * WIDTH, &b[v], sizeof(vec))
+        at = first + v * WIDTH
+        memcpy(s.sum_w + at, &a[v], sizeof(vec))
+        if s.sum_b != NULL:
+            memcpy(s.sum_b + at, &b[v], sizeof(vec))
 
 
-cdef inline void backward_rows(
-    const stored* x, const stored* dy, const stored* dsum, stored* y, int64_t stride, int64_t rows,
-    int64_t n, const work* weight, const terms* c, work* sum_w, work* sum_b,
-    bint streaming, int64_t ahead
-) noexcept nogil:
-    """dx of n columns of some rows; dweight and dbias onto sum_w and sum_b, which have room
-    for whole vectors."""
+cdef inline void backward_rows(const strip* of_rows, bint streaming, int64_t ahead) noexcept nogil:
+    cdef strip s = of_rows[0]  # in registers: y may lie anywhere
     # Up to the first line of y that is streamed.
-    cdef int64_t p = 0, lead = minimum(n, until_aligned(y)) if streaming else 0, step
-    while p < n:
-        while p >= lead and p + CHUNK * WIDTH <= n:
-            backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, CHUNK * WIDTH,
-                             weight + p, c, sum_w + p, <work*> past_weight(sum_b, p), streaming,
-                             ahead, CHUNK)
+    cdef int64_t p = 0, lead = minimum(s.n, until_aligned(s.y)) if streaming else 0, step
+    while p < s.n:
+        while p >= lead and p + CHUNK * WIDTH <= s.n:
+            backward_columns(&s, p, CHUNK * WIDTH, streaming, ahead, CHUNK)
             p += CHUNK * WIDTH
-        while p >= lead and p + PAIR * WIDTH <= n:
-            backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, PAIR * WIDTH,
-                             weight + p, c, sum_w + p, <work*> past_weight(sum_b, p), streaming,
-                             ahead, PAIR)
+        while p >= lead and p + PAIR * WIDTH <= s.n:
+            backward_columns(&s, p, PAIR * WIDTH, streaming, ahead, PAIR)
             p += PAIR * WIDTH
-        if p < n:
-            step = minimum(WIDTH, (lead if p < lead else n) - p)
-            backward_columns(x + p, dy + p, past(dsum, p), y + p, stride, rows, step, weight + p,
-                             c, sum_w + p, <work*> past_weight(sum_b, p), False, ahead, 1)
+        if p < s.n:
+            step = minimum(WIDTH, (lead if p < lead else s.n) - p)
+            backward_columns(&s, p, step, False, ahead, 1)
             p += step
 
 
@@ -100,16 +108,21 @@ cdef void backward_strip(
 ) noexcept nogil:
     """n columns of some rows, the first of them `channel`'s and at `at`. (A loop of its own where a
     forward only scales: 0.9 to 1.0 of the time of RMS norm.)"""
-    cdef const stored* x = <const stored*> t.x + at
-    cdef const stored* dy = <const stored*> t.dy + at
-    cdef const stored* dsum = past(<const stored*> t.dsum, at)
-    cdef stored* y = <stored*> t.y + at
-    cdef const work* weight = <const work*> t.weight + channel
+    cdef strip s
+    s.x = <const stored*> t.x + at
+    s.dy = <const stored*> t.dy + at
+    s.dsum = past(<const stored*> t.dsum, at)
+    s.y = <stored*> t.y + at
+    s.rows, s.stride, s.n = rows, t.g * t.k, n
+    s.c = c
+    s.weight = <const work*> t.weight + channel
+    s.sum_w = sum_w
     if t.scaled:
-        backward_rows(x, dy, dsum, y, t.g * t.k, rows, n, weight, c, sum_w, NULL, streaming, ahead)
+        s.sum_b = NULL
+        backward_rows(&s, streaming, ahead)
     else:
-        backward_rows(x, dy, dsum, y, t.g * t.k, rows, n, weight, c, sum_w, sum_b, streaming,
-                      ahead)
+        s.sum_b = sum_b
+        backward_rows(&s, streaming, ahead)
 
 
 cdef inline void add_strip(const work* sums, int64_t n, bint first, double* into) noexcept nogil:
@@ -131,14 +144,16 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
     cdef vec lanes_q[ROWS * VECTORS]
     cdef bint brief = n <= FLUSH * LANES
     cdef work rstd
+    cdef coefficients input
     cdef int64_t at, r
     for r in range(rows):
         at = ((b + r) * t.g + g) * t.k + k
         start_terms(t, (b + r) * t.g + g, &c[r])
         if t.upstream != NULL:
             rstd = <work> c[r].rstd
-            map_fused(t, at, n, 1, 0, &c[r].hi, &rstd, &c[r].offset, OF_ALL, weight,
-                      <const work*> t.bias + g * t.k + k)
+            input = affine_map(OF_ALL, &c[r].hi, &rstd, &c[r].offset)
+            input.weight, input.bias = weight, <const work*> t.bias + g * t.k + k
+            map_fused(t, at, n, 1, 0, &input)
         if brief and t.has_mean:
             sum_short(x + at, dy + at, weight, n, c[r].hi, lanes_s + r * VECTORS,
                       lanes_q + r * VECTORS)

@@ -13,9 +13,10 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from fastnorm.kernels.words cimport (
-    ALL_VALID, BATCH, NONE_VALID, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, blank_gaps, fetch, fn_task,
-    head, load, load_part, load_work, load_work_part, minimum, past, past_weight, place_in_mask,
-    put, put_all, splat, store, store_part, stored, stretch, vec, work,
+    ALL_VALID, BATCH, NONE_VALID, OF_ALL, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, affine_map,
+    blank_gaps, coefficients, fetch, fn_task, head, load, load_part, load_work, load_work_part,
+    minimum, past, past_weight, place_in_mask, put, put_all, splat, store, store_part, stored,
+    stretch, vec, work,
 )
 
 
@@ -29,25 +30,14 @@ cdef extern from "activation.h" nogil:
     void deactivate(vec* z, const vec* dy, int kind, work slope)
 
 
-# Coefficients of a row: hi, scale and shift of each place, or one for all; and weight and bias of
-# each place, or NULL.
-cdef struct terms:
-    const work* hi
-    const work* scale
-    const work* shift
-    const work* weight
-    const work* bias
-    bint each
-
-
-cdef inline vec affine(const fn_task* t, int64_t at, int64_t p, int64_t n, const terms* c,
+cdef inline vec affine(const fn_task* t, int64_t at, int64_t p, int64_t n, const coefficients* c,
                        bint residual) noexcept nogil:
     """z of the places [p, p + n), n <= WIDTH: as map_places has it, so that a backward finds the
     same bits."""
     cdef vec z
     if n == WIDTH:
         z = load(<const stored*> t.x + at + p)
-        if c.each:
+        if c.which == OF_PLACES:
             z = (z - load_work(c.hi + p)) * load_work(c.scale + p) + load_work(c.shift + p)
         else:
             z = (z - splat(c.hi[0])) * splat(c.scale[0]) + splat(c.shift[0])
@@ -57,7 +47,7 @@ cdef inline vec affine(const fn_task* t, int64_t at, int64_t p, int64_t n, const
             z = z + load(<const stored*> t.residual + at + p)
         return z
     z = load_part(<const stored*> t.x + at + p, n, 0)
-    if c.each:
+    if c.which == OF_PLACES:
         z = ((z - load_work_part(c.hi + p, n, 0)) * load_work_part(c.scale + p, n, 0)
              + load_work_part(c.shift + p, n, 0))
     else:
@@ -70,8 +60,8 @@ cdef inline vec affine(const fn_task* t, int64_t at, int64_t p, int64_t n, const
 
 
 cdef inline int64_t map_step(
-    const fn_task* t, int64_t at, int64_t p, int64_t n, const terms* c, bint residual, int kind,
-    bint backward, bint streaming, bint whole
+    const fn_task* t, int64_t at, int64_t p, int64_t n, const coefficients* c, bint residual,
+    int kind, bint backward, bint streaming, bint whole
 ) noexcept nogil:
     """Places [p, n), at most TOGETHER vectors, which are `whole` and then may be streamed. All are
     loaded before the first is stored, as in map_places. Returns where the next step begins."""
@@ -104,12 +94,13 @@ cdef inline int64_t map_step(
 
 
 cdef inline void map_with(
-    const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride, const terms* first,
-    int64_t next_row, bint residual, int kind, bint backward, bint stream
+    const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride,
+    const coefficients* first, bint residual, int kind, bint backward, bint stream
 ) noexcept nogil:
     cdef bint simple = kind == FASTNORM_RELU or kind == FASTNORM_NO_ACTIVATION, streaming
     cdef int64_t p, whole, ahead = t.ahead if simple else 0, _r
-    cdef terms c = first[0]
+    cdef int64_t next_row = 1 if first.which == OF_ROWS else 0
+    cdef coefficients c = first[0]
     cdef int v
     for _r in range(rows):
         streaming = stream
@@ -134,8 +125,8 @@ cdef inline void map_with(
 
 
 cdef void map_all(
-    const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride, const terms* c,
-    int64_t next_row, bint stream
+    const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride, const coefficients* c,
+    bint stream
 ) noexcept nogil:
     """What takes no longer than memory has loops of its own, and so has SiLU alone, where they take
     0.85 of the time."""
@@ -143,59 +134,52 @@ cdef void map_all(
     cdef int kind = t.activation
     if t.upstream != NULL:
         if kind == FASTNORM_SILU and not plus:
-            map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_SILU, True, stream)
+            map_with(t, at, n, rows, stride, c, False, FASTNORM_SILU, True, stream)
         else:
-            map_with(t, at, n, rows, stride, c, next_row, plus, kind, True, stream)
+            map_with(t, at, n, rows, stride, c, plus, kind, True, stream)
     elif kind == FASTNORM_RELU and plus:
-        map_with(t, at, n, rows, stride, c, next_row, True, FASTNORM_RELU, False, stream)
+        map_with(t, at, n, rows, stride, c, True, FASTNORM_RELU, False, stream)
     elif kind == FASTNORM_RELU:
-        map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_RELU, False, stream)
+        map_with(t, at, n, rows, stride, c, False, FASTNORM_RELU, False, stream)
     elif kind == FASTNORM_NO_ACTIVATION and plus:
-        map_with(t, at, n, rows, stride, c, next_row, True, FASTNORM_NO_ACTIVATION, False, stream)
+        map_with(t, at, n, rows, stride, c, True, FASTNORM_NO_ACTIVATION, False, stream)
     elif kind == FASTNORM_NO_ACTIVATION:
-        map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_NO_ACTIVATION, False, stream)
+        map_with(t, at, n, rows, stride, c, False, FASTNORM_NO_ACTIVATION, False, stream)
     elif kind == FASTNORM_SILU and not plus:
-        map_with(t, at, n, rows, stride, c, next_row, False, FASTNORM_SILU, False, stream)
+        map_with(t, at, n, rows, stride, c, False, FASTNORM_SILU, False, stream)
     else:
-        map_with(t, at, n, rows, stride, c, next_row, plus, kind, False, stream)
+        map_with(t, at, n, rows, stride, c, plus, kind, False, stream)
 
 
-cdef public void map_fused(
-    const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride, const work* hi,
-    const work* scale, const work* shift, int which, const work* weight, const work* bias
-) noexcept nogil:
+cdef public void map_fused(const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride,
+                           const coefficients* c) noexcept nogil:
     """map_places with residual, activation and mask, of the n values from `at` on, and of as many
     in each of the rows that start `stride` further; in a backward, the gradient of these values
     taken back through the activation."""
     cdef bint stream = t.stream and t.upstream == NULL
     cdef stored* y = <stored*> t.y if t.upstream == NULL else <stored*> t.dy
-    cdef int64_t p, count, each_p, _r, next_row = which == OF_ROWS
-    cdef terms c, part
+    cdef int64_t p, count, first, row
+    cdef coefficients part
     cdef int valid
-    c.hi, c.scale, c.shift = hi, scale, shift
-    c.weight, c.bias = weight, bias
-    c.each = part.each = which == OF_PLACES
     if t.mask == NULL:
-        map_all(t, at, n, rows, stride, &c, next_row, stream)
+        map_all(t, at, n, rows, stride, c, stream)
         return
-    for _r in range(rows):
+    for row in range(rows):
         p = 0
         while p < n:
             count = stretch(t, at + p, n - p, &valid)
             if valid == NONE_VALID:
                 memset(y + at + p, 0, count * sizeof(stored))
             else:
-                each_p = p if c.each else 0
-                part.hi, part.scale, part.shift = c.hi + each_p, c.scale + each_p, c.shift + each_p
-                part.weight, part.bias = past_weight(weight, p), past_weight(bias, p)
-                map_all(t, at + p, count, 1, 0, &part, 0, stream and valid == ALL_VALID)
+                first = row if c.which == OF_ROWS else p if c.which == OF_PLACES else 0
+                part = affine_map(OF_PLACES if c.which == OF_PLACES else OF_ALL, c.hi + first,
+                                  c.scale + first, c.shift + first)
+                part.weight, part.bias = past_weight(c.weight, p), past_weight(c.bias, p)
+                map_all(t, at + p, count, 1, 0, &part, stream and valid == ALL_VALID)
                 if valid == SOME_VALID:
                     blank_gaps(t, y + at + p, at + p, count)
             p += count
         at += stride
-        c.hi += next_row
-        c.scale += next_row
-        c.shift += next_row
 
 
 cdef public void add_terms(const fn_task* t, int64_t at, int64_t n, stored* kept) noexcept nogil:

@@ -10,10 +10,10 @@ from libc.math cimport fabs, isfinite
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
-from fastnorm.kernels.runs cimport map_run, sum_runs, sum_runs_exact
+from fastnorm.kernels.runs cimport map_places, sum_runs, sum_runs_exact
 from fastnorm.kernels.words cimport (
-    ALL_VALID, NONE_VALID, SAMPLES, SOME_VALID, STRETCH, blank_gaps, fn_task, keep_valid, on_grid,
-    past, place_in_mask, stored, stretch, widen, work,
+    ALL_VALID, NONE_VALID, OF_ALL, SAMPLES, SOME_VALID, STRETCH, affine_map, blank_gaps,
+    coefficients, fn_task, keep_valid, on_grid, past, place_in_mask, stored, stretch, widen, work,
 )
 
 
@@ -66,19 +66,21 @@ cdef public void sum_valid_exact(const fn_task* t, int64_t at, int64_t n, double
         n -= count
 
 
-cdef public void map_valid(const fn_task* t, int64_t at, int64_t n, work hi, work scale, work shift,
-                           work dscale) noexcept nogil:
-    """A backward's map_run of the run of n values at `at`."""
+cdef public void map_valid(const fn_task* t, int64_t at, int64_t n,
+                           const coefficients* c) noexcept nogil:
+    """A backward's map_places of the run of n values at `at`, with one of each coefficient."""
+    cdef coefficients own = affine_map(OF_ALL, c.hi, c.scale, c.shift)
     cdef stored* y = <stored*> t.y
     cdef int64_t count
     cdef int valid
+    own.dscale = c.dscale
     while n > 0:
         count = stretch(t, at, n, &valid)
         if valid == NONE_VALID:
             memset(y + at, 0, count * sizeof(stored))
         else:
-            map_run(<const stored*> t.x + at, <const stored*> t.dy + at, y + at, count, hi, scale,
-                    shift, dscale, t.stream and valid == ALL_VALID, 0)
+            map_places(<const stored*> t.x + at, <const stored*> t.dy + at, y + at, count, &own,
+                       t.stream and valid == ALL_VALID, 0)
         if valid == SOME_VALID:
             blank_gaps(t, y + at, at, count)
         at += count

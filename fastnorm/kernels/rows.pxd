@@ -167,6 +167,10 @@ cdef inline affine affine_of(const fn_task* t, int64_t channel, double mean,
     return c
 
 
+cdef inline coefficients map_of(const affine* a) noexcept nogil:
+    return affine_map(OF_ALL, &a.hi, &a.scale, &a.shift)
+
+
 # ---- slabs: short runs of one channel each -------------------------------------------------
 #
 # A group's runs of one sample lie one behind the other: a slab. Sums run down the o slabs,
@@ -184,6 +188,14 @@ cdef struct slab:
     work gate_shift[2 * SLAB + 16]
 
 
+cdef inline coefficients slab_map(const fn_task* t, slab* w) noexcept nogil:
+    cdef coefficients c = affine_map(OF_PLACES, w.hi, w.s, w.q)
+    c.dscale = w.d
+    if t.gated:
+        c.gate_scale, c.gate_shift = w.gate_scale, w.gate_shift
+    return c
+
+
 cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
     """Whole vectors: what lies behind is filled afterwards, or is room."""
     cdef vec v = splat(value)
@@ -196,10 +208,8 @@ cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
 cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int64_t sets, slab* w,
                            double* sums) noexcept nogil:
     """sums[set] = as in sum_runs, about w.hi."""
+    cdef coefficients c = slab_map(p.task, w)
     cdef int64_t row = 0, stop, count, s
-    cdef const work* gate_scale = NULL
-    if p.task.gated:
-        gate_scale = w.gate_scale
     memset(sums, 0, 2 * sets * sizeof(double))
     while row < p.task.o:
         memset(w.s, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
@@ -207,9 +217,8 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
         stop = minimum(p.task.o, row + RUN)
         while row < stop:
             count = minimum(STEP, stop - row)
-            sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n,
-                     w.hi, gate_scale, w.gate_shift, w.s, w.q,
-                     count * p.stride if p.task.far else 0)
+            sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n, &c,
+                     w.s, w.q, count * p.stride if p.task.far else 0)
             row += count
         for s in range(sets):
             sums[2 * s] += sum_work(w.s + s * p.n, p.n)
@@ -218,16 +227,14 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
 
 cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, slab* w) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef const work* gate_scale = NULL
+    cdef coefficients c = slab_map(t, w)
     cdef int64_t _r
-    if t.gated:
-        gate_scale = w.gate_scale
     if t.dy == NULL and t.fused:
-        map_fused(t, at, sets * p.n, t.o, p.stride, w.hi, w.s, w.q, OF_PLACES, NULL, NULL)
+        map_fused(t, at, sets * p.n, t.o, p.stride, &c)
     else:
         for _r in range(t.o):
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    sets * p.n, w.hi, w.s, w.q, w.d, gate_scale, w.gate_shift, t.stream, t.ahead)
+                    sets * p.n, &c, t.stream, t.ahead)
             at += p.stride
     if t.stream:
         stream_end()

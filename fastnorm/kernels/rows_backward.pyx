@@ -21,9 +21,9 @@ cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at,
                              int64_t n) noexcept nogil:
     """dy of some runs of a channel, from `at` on, taken back through the activation."""
     cdef const fn_task* t = p.task
-    cdef affine c
-    c = gate_of(t, set_, set_ % t.g * t.k + k)
-    map_fused(t, at, n, runs, p.stride, &c.hi, &c.scale, &c.shift, OF_ALL, NULL, NULL)
+    cdef affine z = gate_of(t, set_, set_ % t.g * t.k + k)
+    cdef coefficients c = map_of(&z)
+    map_fused(t, at, n, runs, p.stride, &c)
 
 
 cdef inline void deactivate_runs(const plan* p, int64_t first, int64_t run, int64_t runs,
@@ -31,18 +31,20 @@ cdef inline void deactivate_runs(const plan* p, int64_t first, int64_t run, int6
     """dy of short runs that lie one behind the other from `at` on, taken back through the
     activation; `run` counts from the first of set `first`."""
     cdef const fn_task* t = p.task
-    cdef affine c
+    cdef affine z
+    cdef coefficients c
     cdef work hi[ROWS]
     cdef work scale[ROWS]
     cdef work shift[ROWS]
     cdef int64_t r, set_
     for r in range(runs):
         set_ = first + (run + r) // t.k
-        c = gate_of(t, set_, set_ % t.g * t.k + (run + r) % t.k)
-        hi[r] = c.hi
-        scale[r] = c.scale
-        shift[r] = c.shift
-    map_fused(t, at, t.i, runs, t.i, hi, scale, shift, OF_ROWS, NULL, NULL)
+        z = gate_of(t, set_, set_ % t.g * t.k + (run + r) % t.k)
+        hi[r] = z.hi
+        scale[r] = z.scale
+        shift[r] = z.shift
+    c = affine_map(OF_ROWS, hi, scale, shift)
+    map_fused(t, at, t.i, runs, t.i, &c)
 
 
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
@@ -75,18 +77,20 @@ cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t
     """Places [p0, p1) of the run at `start`, of one channel."""
     cdef const fn_task* t = p.task
     cdef int64_t at = start + p0
+    cdef const stored* x = <const stored*> t.x + at
+    cdef const stored* dy = <const stored*> t.dy + at
     cdef work dscale = <work> (c.rstd * <double> (<const work*> t.weight)[channel])
-    cdef affine gate
-    if t.gated:
-        gate = gate_of(t, set_, channel)
-        map_places(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
-                   &c.hi, &c.scale, &c.shift, &dscale, False, NULL, NULL, &gate.scale, &gate.shift,
-                   t.stream, ahead)
-    elif not masked:
-        map_run(<const stored*> t.x + at, <const stored*> t.dy + at, <stored*> t.y + at, p1 - p0,
-                c.hi, c.scale, c.shift, dscale, t.stream, ahead)
+    cdef coefficients m = affine_map(OF_ALL, &c.hi, &c.scale, &c.shift)
+    cdef affine z
+    m.dscale = &dscale
+    if masked:
+        map_valid(t, at, p1 - p0, &m)
+    elif t.gated:
+        z = gate_of(t, set_, channel)
+        m.gate_scale, m.gate_shift = &z.scale, &z.shift
+        map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead)
     else:
-        map_valid(t, at, p1 - p0, c.hi, c.scale, c.shift, dscale)
+        map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead)
 
 
 cdef inline void add_channel(const plan* p, int64_t channel, const double* sums, const terms* c,
@@ -214,6 +218,7 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef slab w
     cdef affine z
+    cdef coefficients input
     cdef terms c[BLOCK]
     cdef double sums[2 * BLOCK]
     cdef double over_set[2]
@@ -229,8 +234,8 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
                 fill(w.gate_scale + s * p.n, p.n, z.scale)
                 fill(w.gate_shift + s * p.n, p.n, z.shift)
         if t.upstream != NULL:
-            map_fused(t, first * p.n, sets * p.n, t.o, p.stride, w.hi, w.gate_scale, w.gate_shift,
-                      OF_PLACES, NULL, NULL)
+            input = affine_map(OF_PLACES, w.hi, w.gate_scale, w.gate_shift)
+            map_fused(t, first * p.n, sets * p.n, t.o, p.stride, &input)
         sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
                   &w, sums)
         for s in range(sets):

@@ -103,24 +103,34 @@ cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int
                               int64_t n, double mean, double rstd, int64_t ahead) noexcept nogil:
     """Normalize n values with a weight and a bias for each, the first of them `channel`'s. x is
     where they lie, t.x + at or a copy."""
-    cdef const work* weight = <const work*> t.weight + channel
-    cdef const work* bias = <const work*> t.bias + channel
     cdef work hi = <work> mean, scale = <work> rstd
     cdef work shift = <work> (-(mean - <double> hi) * rstd)
+    cdef coefficients c = affine_map(OF_ALL, &hi, &scale, &shift)
+    c.weight = <const work*> t.weight + channel
+    c.bias = <const work*> t.bias + channel
     if t.fused:
-        map_fused(t, at, n, 1, 0, &hi, &scale, &shift, OF_ALL, weight, bias)
-    elif t.scaled:
-        map_places(x, NULL, <stored*> t.y + at, n, NULL, &scale, NULL, NULL, False, weight, NULL,
-                   NULL, NULL, t.stream, ahead)
+        map_fused(t, at, n, 1, 0, &c)
+        return
+    if t.scaled:
+        c.hi = c.shift = c.bias = NULL
+        map_places(x, NULL, <stored*> t.y + at, n, &c, t.stream, ahead)
     else:
-        map_places(x, NULL, <stored*> t.y + at, n, &hi, &scale, &shift, NULL, False, weight, bias,
-                   NULL, NULL, t.stream, ahead)
+        map_places(x, NULL, <stored*> t.y + at, n, &c, t.stream, ahead)
+
+
+cdef inline void map_at(const fn_task* t, int64_t at, int64_t n, const coefficients* c,
+                        int64_t ahead) noexcept nogil:
+    """The n values of a run from `at` on."""
+    if t.fused:
+        map_fused(t, at, n, 1, 0, c)
+    else:
+        map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, c, t.stream, ahead)
 
 
 cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
                            double mean, double rstd, int64_t ahead) noexcept nogil:
     """Normalize the places [p0, p1) of run r of a set."""
-    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop, c, n, channels
+    cdef int64_t start = set_start(t, set_) + r * t.g * t.k * t.i, at = p0, stop, j, n, channels
     cdef int64_t k = p0 // t.i, end = ceil_div(p1, t.i)
     cdef const work* weight = <const work*> t.weight + set_ % t.g * t.k
     cdef const work* bias = <const work*> t.bias + set_ % t.g * t.k
@@ -129,51 +139,48 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
     cdef work shift[BLOCK]
     cdef work hi = <work> mean
     cdef double lo = mean - <double> hi, scaled
+    cdef coefficients c
     if t.i == 1:
         map_elements(t, <const stored*> t.x + start + p0, start + p0, set_ % t.g * t.k + p0,
                      p1 - p0, mean, rstd, ahead)
         return
     while k < end:
         channels = minimum(BLOCK, end - k)
-        for c in range(channels):  # a loop of vectors
-            scaled = rstd * <double> weight[k + c]
-            scale[c] = <work> scaled
-            shift[c] = <work> (<double> bias[k + c] - lo * scaled)
+        for j in range(channels):  # a loop of vectors
+            scaled = rstd * <double> weight[k + j]
+            scale[j] = <work> scaled
+            shift[j] = <work> (<double> bias[k + j] - lo * scaled)
         stop = minimum(p1, (k + channels) * t.i)
         if t.fused and stop - at == channels * t.i:
-            for c in range(channels):
-                his[c] = hi
-            map_fused(t, start + at, t.i, channels, t.i, his, scale, shift, OF_ROWS, NULL, NULL)
+            for j in range(channels):
+                his[j] = hi
+            c = affine_map(OF_ROWS, his, scale, shift)
+            map_fused(t, start + at, t.i, channels, t.i, &c)
             at = stop
-        c = 0
+        j = 0
         while at < stop:
-            n = minimum(p1, (k + c + 1) * t.i) - at
-            if t.fused:
-                map_fused(t, start + at, n, 1, 0, &hi, scale + c, shift + c, OF_ALL, NULL, NULL)
-            else:
-                map_run(<const stored*> t.x + start + at, NULL, <stored*> t.y + start + at, n, hi,
-                        scale[c], shift[c], 0, t.stream, ahead)
+            n = minimum(p1, (k + j + 1) * t.i) - at
+            c = affine_map(OF_ALL, &hi, &scale[j], &shift[j])
+            map_at(t, start + at, n, &c, ahead)
             at += n
-            c += 1
+            j += 1
         k += channels
 
 
 cdef inline void map_one(const fn_task* t, int64_t at, int64_t n, int64_t channel, double mean,
                          double rstd, int64_t ahead) noexcept nogil:
     """Normalize n values of one channel."""
-    cdef affine c = affine_of(t, channel, mean, rstd)
-    if t.fused:
-        map_fused(t, at, n, 1, 0, &c.hi, &c.scale, &c.shift, OF_ALL, NULL, NULL)
-    else:
-        map_run(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, c.hi, c.scale, c.shift, 0,
-                t.stream, ahead)
+    cdef affine a = affine_of(t, channel, mean, rstd)
+    cdef coefficients c = map_of(&a)
+    map_at(t, at, n, &c, ahead)
 
 
 cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const double* mean,
                            const double* rstd, int64_t ahead) noexcept nogil:
     """map_piece for neighbouring sets of one channel each, in memory order."""
     cdef const fn_task* t = p.task
-    cdef affine c
+    cdef affine a
+    cdef coefficients c
     cdef work hi[BLOCK]
     cdef work scale[BLOCK]
     cdef work shift[BLOCK]
@@ -181,18 +188,20 @@ cdef inline void map_group(const plan* p, int64_t first, int64_t sets, const dou
     cdef const stored* x
     cdef stored* y
     for s in range(sets):
-        c = affine_of(t, (first + s) % t.g, mean[s], rstd[s])
-        hi[s] = c.hi
-        scale[s] = c.scale
-        shift[s] = c.shift
+        a = affine_of(t, (first + s) % t.g, mean[s], rstd[s])
+        hi[s] = a.hi
+        scale[s] = a.scale
+        shift[s] = a.shift
     for _r in range(t.o):
         if t.fused:
-            map_fused(t, at, p.n, sets, p.n, hi, scale, shift, OF_ROWS, NULL, NULL)
+            c = affine_map(OF_ROWS, hi, scale, shift)
+            map_fused(t, at, p.n, sets, p.n, &c)
         else:
             x = <const stored*> t.x + at
             y = <stored*> t.y + at
             for s in range(sets):
-                map_run(x, NULL, y, p.n, hi[s], scale[s], shift[s], 0, t.stream, ahead)
+                c = affine_map(OF_ALL, &hi[s], &scale[s], &shift[s])
+                map_places(x, NULL, y, p.n, &c, t.stream, ahead)
                 x += p.n
                 y += p.n
         at += p.stride

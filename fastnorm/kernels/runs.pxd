@@ -191,35 +191,60 @@ cdef inline void load_batch(vec* a, vec* b, const stored* x, const stored* dy, i
 
 
 cdef inline void map_batch(
-    vec* a, const vec* b, stored* y, const work* hi, const work* scale, const work* shift,
-    const work* dscale, bint each, const work* weight, const work* bias, const vec* one,
-    bint with_dy, const work* gate_scale, const work* gate_shift, bint streaming, int vectors
+    vec* a, const vec* b, stored* y, int64_t p, const coefficients* c, const vec* one, bint with_dy,
+    bint streaming, int vectors
 ) noexcept nogil:
-    """`one` holds hi, scale, shift, dscale and the gate where one serves every place."""
+    """The places from p on of y, from those of x in a and of dy in b. `one` holds hi, scale, shift,
+    dscale and the gate where one serves every place."""
+    cdef bint each = c.which == OF_PLACES
     cdef vec gate[2]
-    cdef int v, at
+    cdef int64_t at
+    cdef int v
     for v in range(vectors):
-        at = v * WIDTH
-        if gate_scale != NULL:
-            gate[0] = load_work(gate_scale + at) if each else one[4]
-            gate[1] = load_work(gate_shift + at) if each else one[5]
-        if hi == NULL:
-            a[v] = a[v] * one[1] * load_work(weight + at)
+        at = p + v * WIDTH
+        if c.gate_scale != NULL:
+            gate[0] = load_work(c.gate_scale + at) if each else one[4]
+            gate[1] = load_work(c.gate_shift + at) if each else one[5]
+        if c.hi == NULL:
+            a[v] = a[v] * one[1] * load_work(c.weight + at)
             continue
-        a[v] = mapped(a[v], b[v], load_work(hi + at) if each else one[0],
-                      load_work(scale + at) if each else one[1],
-                      load_work(shift + at) if each else one[2],
-                      load_work(dscale + at) if each and with_dy else one[3], with_dy,
-                      NULL if gate_scale == NULL else gate)
-        if weight != NULL:
-            a[v] = a[v] * load_work(weight + at) + load_work(bias + at)
-    put_all(y, a, streaming, vectors)
+        a[v] = mapped(a[v], b[v], load_work(c.hi + at) if each else one[0],
+                      load_work(c.scale + at) if each else one[1],
+                      load_work(c.shift + at) if each else one[2],
+                      load_work(c.dscale + at) if each and with_dy else one[3], with_dy,
+                      NULL if c.gate_scale == NULL else gate)
+        if c.weight != NULL:
+            a[v] = a[v] * load_work(c.weight + at) + load_work(c.bias + at)
+    put_all(y + p, a, streaming, vectors)
+
+
+cdef inline vec mapped_part(const stored* x, const stored* dy, int64_t p, int64_t n,
+                            const coefficients* c, const vec* one) noexcept nogil:
+    """What map_batch makes of n places, at most WIDTH."""
+    cdef bint each = c.which == OF_PLACES
+    cdef vec gate[2]
+    cdef vec d, u = splat(0)
+    if c.hi == NULL:
+        return load_part(x + p, n, 0) * one[1] * load_work_part(c.weight + p, n, 0)
+    if dy != NULL:
+        u = load_part(dy + p, n, 0)
+    if c.gate_scale != NULL:
+        gate[0] = load_work_part(c.gate_scale + p, n, 0) if each else one[4]
+        gate[1] = load_work_part(c.gate_shift + p, n, 0) if each else one[5]
+    d = mapped(load_part(x + p, n, c.hi[0]), u,
+               load_work_part(c.hi + p, n, 0) if each else one[0],
+               load_work_part(c.scale + p, n, 0) if each else one[1],
+               load_work_part(c.shift + p, n, 0) if each else one[2],
+               load_work_part(c.dscale + p, n, 0) if each and dy != NULL else one[3], dy != NULL,
+               NULL if c.gate_scale == NULL else gate)
+    if c.weight != NULL:
+        d = d * load_work_part(c.weight + p, n, 0) + load_work_part(c.bias + p, n, 0)
+    return d
 
 
 cdef inline int64_t map_batches(
-    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
-    const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
-    const vec* one, const work* gate_scale, const work* gate_shift, int64_t ahead
+    const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* c, const vec* one,
+    int64_t ahead
 ) noexcept nogil:
     """map_places of whole batches, at least one; how many values they were.
 
@@ -230,113 +255,65 @@ cdef inline int64_t map_batches(
     cdef vec now_dy[BATCH]
     cdef vec later[BATCH]
     cdef vec later_dy[BATCH]
-    cdef int64_t p = 0, e = 0
+    cdef int64_t p = 0
     cdef int v
     load_batch(now, now_dy, x, dy, ahead, BATCH)
     while p + 2 * BATCH * WIDTH <= n:
         load_batch(later, later_dy, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH), ahead,
                    BATCH)
-        map_batch(now, now_dy, y + p, past_weight(hi, e), scale + e, past_weight(shift, e),
-                  past_weight(dscale, e), each, past_weight(weight, p), past_weight(bias, p), one,
-                  dy != NULL, past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
+        map_batch(now, now_dy, y, p, c, one, dy != NULL, False, BATCH)
         for v in range(BATCH):
             now[v] = later[v]
             if dy != NULL:
                 now_dy[v] = later_dy[v]
         p += BATCH * WIDTH
-        if each:
-            e = p
-    map_batch(now, now_dy, y + p, past_weight(hi, e), scale + e, past_weight(shift, e),
-              past_weight(dscale, e), each, past_weight(weight, p), past_weight(bias, p), one,
-              dy != NULL, past_weight(gate_scale, e), past_weight(gate_shift, e), False, BATCH)
+    map_batch(now, now_dy, y, p, c, one, dy != NULL, False, BATCH)
     return p + BATCH * WIDTH
 
 
 cdef inline void map_places(
-    const stored* x, const stored* dy, stored* y, int64_t n, const work* hi, const work* scale,
-    const work* shift, const work* dscale, bint each, const work* weight, const work* bias,
-    const work* gate_scale, const work* gate_shift, bint streaming, int64_t ahead
+    const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* of_run,
+    bint streaming, int64_t ahead
 ) noexcept nogil:
-    """y = (x - hi)*scale + shift, plus dy*dscale where dy is not NULL; where weight is not NULL,
-    that times weight plus bias; where gate_scale is not NULL, with dy taken back through ReLU,
-    whose input was (x - hi)*gate_scale + gate_shift.
-
-    weight and bias have a value for each place; the others have with `each`, and otherwise one.
-    Where hi is NULL, y = x*scale*weight, and there is none of the others.
-    With `ahead`, the values so far ahead are asked for meanwhile: they are the next to be summed,
-    and memory would otherwise only be written here.
+    """n values of y. With `ahead`, the values so far ahead are asked for meanwhile: they are the
+    next to be summed, and memory would otherwise only be written here.
 
     Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
+    cdef coefficients c = of_run[0]  # in registers: y may lie anywhere
     cdef vec one[6]
-    cdef vec gate[2]
-    cdef vec d
     cdef vec now[BATCH]
     cdef vec now_dy[BATCH]
-    cdef int64_t p = 0, part = head(y, n, &streaming), step, e
+    cdef int64_t p = 0, part = head(y, n, &streaming), step
     # A line that is streamed in part is read, and written twice.
     cdef int64_t stop = n - (n - part) % (64 // <int64_t> sizeof(stored)) if streaming else n
-    one[1] = splat(scale[0])
-    if hi != NULL:
-        one[0] = splat(hi[0])
-        one[2] = splat(shift[0])
-    one[3] = d = splat(0 if dy == NULL else dscale[0])
-    if gate_scale != NULL:
-        one[4] = splat(gate_scale[0])
-        one[5] = splat(gate_shift[0])
+    one[1] = splat(c.scale[0])
+    if c.hi != NULL:
+        one[0] = splat(c.hi[0])
+        one[2] = splat(c.shift[0])
+    one[3] = splat(0 if dy == NULL else c.dscale[0])
+    if c.gate_scale != NULL:
+        one[4] = splat(c.gate_scale[0])
+        one[5] = splat(c.gate_shift[0])
     while p < n:
         if part == 0:
-            if not streaming and n >= BATCH * WIDTH and (not each or until_aligned(y) == 0):
-                p = map_batches(x, dy, y, n, hi, scale, shift, dscale, each, weight, bias, one,
-                                gate_scale, gate_shift, ahead)
+            if (not streaming and n >= BATCH * WIDTH
+                    and (c.which != OF_PLACES or until_aligned(y) == 0)):
+                p = map_batches(x, dy, y, n, &c, one, ahead)
             while p + PAIR * WIDTH <= stop:
                 load_batch(now, now_dy, x + p, past(dy, p), ahead, PAIR)
-                e = p if each else 0
-                map_batch(now, now_dy, y + p, past_weight(hi, e), scale + e, past_weight(shift, e),
-                          past_weight(dscale, e), each, past_weight(weight, p),
-                          past_weight(bias, p), one, dy != NULL, past_weight(gate_scale, e),
-                          past_weight(gate_shift, e), streaming, PAIR)
+                map_batch(now, now_dy, y, p, &c, one, dy != NULL, streaming, PAIR)
                 p += PAIR * WIDTH
             while p + WIDTH <= stop:
                 load_batch(now, now_dy, x + p, past(dy, p), ahead, 1)
-                e = p if each else 0
-                map_batch(now, now_dy, y + p, past_weight(hi, e), scale + e, past_weight(shift, e),
-                          past_weight(dscale, e), each, past_weight(weight, p),
-                          past_weight(bias, p), one, dy != NULL, past_weight(gate_scale, e),
-                          past_weight(gate_shift, e), streaming, 1)
+                map_batch(now, now_dy, y, p, &c, one, dy != NULL, streaming, 1)
                 p += WIDTH
             part = n - p
         else:
             # Up to the first line of y, which may be several vectors away, or the last places.
             step = minimum(part, WIDTH)
-            if dy != NULL:
-                d = load_part(dy + p, step, 0)
-            if gate_scale != NULL:
-                gate[0] = load_work_part(gate_scale + p, step, 0) if each else one[4]
-                gate[1] = load_work_part(gate_shift + p, step, 0) if each else one[5]
-            if hi == NULL:
-                d = load_part(x + p, step, 0) * one[1] * load_work_part(weight + p, step, 0)
-            else:
-                d = mapped(
-                    load_part(x + p, step, hi[0]), d,
-                    load_work_part(hi + p, step, 0) if each else one[0],
-                    load_work_part(scale + p, step, 0) if each else one[1],
-                    load_work_part(shift + p, step, 0) if each else one[2],
-                    load_work_part(dscale + p, step, 0) if each and dy != NULL else one[3],
-                    dy != NULL, NULL if gate_scale == NULL else gate)
-            if weight != NULL and hi != NULL:
-                d = (d * load_work_part(weight + p, step, 0)
-                     + load_work_part(bias + p, step, 0))
-            store_part(y + p, step, d)
+            store_part(y + p, step, mapped_part(x, dy, p, step, &c, one))
             p += step
             part -= step
-
-
-cdef inline void map_run(
-    const stored* x, const stored* dy, stored* y, int64_t n, work hi, work scale, work shift,
-    work dscale, bint streaming, int64_t ahead
-) noexcept nogil:
-    map_places(x, dy, y, n, &hi, &scale, &shift, &dscale, False, NULL, NULL, NULL, NULL, streaming,
-               ahead)
 
 
 cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,

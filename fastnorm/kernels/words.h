@@ -435,11 +435,25 @@ static inline int64_t until_aligned(const stored *y)
 #define map_valid FN_PASTE(map_valid, FN_DTYPE, FN_LEVEL)
 #define sample_valid FN_PASTE(sample_valid, FN_DTYPE, FN_LEVEL)
 
-/* fused.pyx. `which` coefficients: one for all, one for each row, or for each place in a row. */
+/* What the values of a run are mapped with; NULL for a term that is not there:
+ *
+ *     y = ((x - hi)*scale + shift)*weight + bias   in a forward,
+ *     y = x*scale*weight                           where it only scales and hi is NULL,
+ *     dx = (x - hi)*scale + shift + dy*dscale      in a backward,
+ *
+ * dy taken back through a ReLU whose input was (x - hi)*gate_scale + gate_shift. weight and bias are
+ * of each place; of the others `which` says whether there is one for all places, for each of
+ * several rows, or for each place. */
 enum { OF_ALL, OF_ROWS, OF_PLACES };
+typedef struct {
+    int which;
+    const work *hi, *scale, *shift, *dscale, *gate_scale, *gate_shift;
+    const work *weight, *bias;
+} coefficients;
+
+/* fused.pyx */
 void map_fused(const fn_task *task, int64_t at, int64_t n, int64_t rows, int64_t stride,
-               const work *hi, const work *scale, const work *shift, int which, const work *weight,
-               const work *bias);
+               const coefficients *c);
 void add_terms(const fn_task *task, int64_t at, int64_t n, stored *kept);
 
 /* elements_backward.pyx */
@@ -452,8 +466,7 @@ void finish_columns(const void *context, int64_t b, int64_t c0, int64_t c1);
 /* masks.pyx */
 void sum_valid(const fn_task *task, int64_t at, int64_t n, work about, double *sums);
 void sum_valid_exact(const fn_task *task, int64_t at, int64_t n, double about, double *sums);
-void map_valid(const fn_task *task, int64_t at, int64_t n, work hi, work scale, work shift,
-               work dscale);
+void map_valid(const fn_task *task, int64_t at, int64_t n, const coefficients *c);
 work sample_valid(const fn_task *task, int64_t set_, int64_t at, int64_t stride);
 
 #endif

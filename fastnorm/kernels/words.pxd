@@ -77,10 +77,20 @@ cdef extern from "words.h" nogil:
         int64_t l2
         int threads
 
+    ctypedef struct coefficients:
+        int which
+        const work* hi
+        const work* scale
+        const work* shift
+        const work* dscale
+        const work* gate_scale
+        const work* gate_shift
+        const work* weight
+        const work* bias
+
     # Of fused.pyx.
     void map_fused(const fn_task* task, int64_t at, int64_t n, int64_t rows, int64_t stride,
-                   const work* hi, const work* scale, const work* shift, int which,
-                   const work* weight, const work* bias)
+                   const coefficients* c)
     void add_terms(const fn_task* task, int64_t at, int64_t n, stored* kept)
 
     # Of columns_statistics.pyx.
@@ -90,8 +100,7 @@ cdef extern from "words.h" nogil:
     # Of masks.pyx.
     void sum_valid(const fn_task* task, int64_t at, int64_t n, work about, double* sums)
     void sum_valid_exact(const fn_task* task, int64_t at, int64_t n, double about, double* sums)
-    void map_valid(const fn_task* task, int64_t at, int64_t n, work hi, work scale, work shift,
-                   work dscale)
+    void map_valid(const fn_task* task, int64_t at, int64_t n, const coefficients* c)
     work sample_valid(const fn_task* task, int64_t set_, int64_t at, int64_t stride)
 
     ctypedef void (*fn_body)(void* context, int64_t index) noexcept nogil
@@ -123,6 +132,16 @@ cdef inline int64_t maximum(int64_t a, int64_t b) noexcept nogil:
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
     return (a + b - 1) // b
+
+
+cdef inline coefficients affine_map(int which, const work* hi, const work* scale,
+                                    const work* shift) noexcept nogil:
+    """Coefficients of (x - hi)*scale + shift."""
+    cdef coefficients c
+    c.which = which
+    c.hi, c.scale, c.shift = hi, scale, shift
+    c.dscale = c.gate_scale = c.gate_shift = c.weight = c.bias = NULL
+    return c
 
 
 # ---- masks -------------------------------------------------------------------------------
