@@ -8,10 +8,6 @@ from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
 
 
-cdef extern from "words.h" nogil:
-    void elements_backward(void* context)
-
-
 cdef inline affine gate_of(const fn_task* t, int64_t set_, int64_t channel) noexcept nogil:
     """The input of the activation."""
     return affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])

@@ -1,8 +1,8 @@
 /* The few C words that the Cython kernels need: element types, loads and stores.
  *
- * The kernels are compiled once for every element type (-DFN_DTYPE=name -DFN_TYPE_name) and every
- * instruction set level (-march), with their public names renamed by FN_PASTE. `stored` is the type
- * in memory, `work` the type of the arithmetic; they differ where elements have 16 bits. */
+ * The kernels are compiled once for every element type (-DFN_TYPE_name) and every instruction set
+ * level (-march). `stored` is the type in memory, `work` the type of the arithmetic; they differ
+ * where elements have 16 bits. */
 #ifndef FASTNORM_WORDS_H
 #define FASTNORM_WORDS_H
 
@@ -413,60 +413,5 @@ static inline int64_t until_aligned(const stored *y)
     if (past % sizeof(stored) != 0) return -1;
     return past ? (int64_t)((64 - past) / sizeof(stored)) : 0;
 }
-
-#define FN_PASTE2(name, type, level) name##_##type##_##level
-#define FN_PASTE(name, type, level) FN_PASTE2(name, type, level)
-#define rows_forward FN_PASTE(rows_forward, FN_DTYPE, FN_LEVEL)
-#define rows_backward FN_PASTE(rows_backward, FN_DTYPE, FN_LEVEL)
-#define rows_scratch FN_PASTE(rows_scratch, FN_DTYPE, FN_LEVEL)
-#define columns_forward FN_PASTE(columns_forward, FN_DTYPE, FN_LEVEL)
-#define columns_backward FN_PASTE(columns_backward, FN_DTYPE, FN_LEVEL)
-#define columns_scratch FN_PASTE(columns_scratch, FN_DTYPE, FN_LEVEL)
-#define elements_backward FN_PASTE(elements_backward, FN_DTYPE, FN_LEVEL)
-#define start_columns FN_PASTE(start_columns, FN_DTYPE, FN_LEVEL)
-#define finish_columns FN_PASTE(finish_columns, FN_DTYPE, FN_LEVEL)
-#define across_forward FN_PASTE(across_forward, FN_DTYPE, FN_LEVEL)
-#define across_backward FN_PASTE(across_backward, FN_DTYPE, FN_LEVEL)
-#define across_scratch FN_PASTE(across_scratch, FN_DTYPE, FN_LEVEL)
-#define map_fused FN_PASTE(map_fused, FN_DTYPE, FN_LEVEL)
-#define add_terms FN_PASTE(add_terms, FN_DTYPE, FN_LEVEL)
-#define sum_valid FN_PASTE(sum_valid, FN_DTYPE, FN_LEVEL)
-#define sum_valid_exact FN_PASTE(sum_valid_exact, FN_DTYPE, FN_LEVEL)
-#define map_valid FN_PASTE(map_valid, FN_DTYPE, FN_LEVEL)
-#define sample_valid FN_PASTE(sample_valid, FN_DTYPE, FN_LEVEL)
-
-/* What the values of a run are mapped with; NULL for a term that is not there:
- *
- *     y = ((x - hi)*scale + shift)*weight + bias   in a forward,
- *     y = x*scale*weight                           where it only scales and hi is NULL,
- *     dx = (x - hi)*scale + shift + dy*dscale      in a backward,
- *
- * dy taken back through a ReLU whose input was (x - hi)*gate_scale + gate_shift. weight and bias are
- * of each place; of the others `which` says whether there is one for all places, for each of
- * several rows, or for each place. */
-enum { OF_ALL, OF_ROWS, OF_PLACES };
-typedef struct {
-    int which;
-    const work *hi, *scale, *shift, *dscale, *gate_scale, *gate_shift;
-    const work *weight, *bias;
-} coefficients;
-
-/* fused.pyx */
-void map_fused(const fn_task *task, int64_t at, int64_t n, int64_t rows, int64_t stride,
-               const coefficients *c);
-void add_terms(const fn_task *task, int64_t at, int64_t n, stored *kept);
-
-/* elements_backward.pyx */
-void elements_backward(void *context);
-
-/* columns_statistics.pyx */
-void start_columns(const void *context, int64_t b, int64_t c0, int64_t c1);
-void finish_columns(const void *context, int64_t b, int64_t c0, int64_t c1);
-
-/* masks.pyx */
-void sum_valid(const fn_task *task, int64_t at, int64_t n, work about, double *sums);
-void sum_valid_exact(const fn_task *task, int64_t at, int64_t n, double about, double *sums);
-void map_valid(const fn_task *task, int64_t at, int64_t n, const coefficients *c);
-work sample_valid(const fn_task *task, int64_t set_, int64_t at, int64_t stride);
 
 #endif

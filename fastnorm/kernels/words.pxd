@@ -15,7 +15,6 @@ cdef extern from "words.h" nogil:
         NARROWED  # vectors that a store rounds at once
         ROWS "FN_ROWS"  # sets whose statistics are found together
         NONE_VALID, SOME_VALID, ALL_VALID
-        OF_ALL, OF_ROWS, OF_PLACES
     ctypedef float stored
     ctypedef float work
     ctypedef float vec
@@ -77,6 +76,14 @@ cdef extern from "words.h" nogil:
         int64_t l2
         int threads
 
+    ctypedef void (*fn_body)(void* context, int64_t index) noexcept nogil
+    void fn_parallel_for(const fn_task* task, int64_t n, fn_body body, void* context,
+                         bint backwards)
+
+
+cdef extern from "kernels.h" nogil:
+    enum:
+        OF_ALL, OF_ROWS, OF_PLACES
     ctypedef struct coefficients:
         int which
         const work* hi
@@ -93,6 +100,9 @@ cdef extern from "words.h" nogil:
                    const coefficients* c)
     void add_terms(const fn_task* task, int64_t at, int64_t n, stored* kept)
 
+    # Of elements_backward.pyx.
+    void elements_backward(void* context)
+
     # Of columns_statistics.pyx.
     void start_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
     void finish_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
@@ -102,10 +112,6 @@ cdef extern from "words.h" nogil:
     void sum_valid_exact(const fn_task* task, int64_t at, int64_t n, double about, double* sums)
     void map_valid(const fn_task* task, int64_t at, int64_t n, const coefficients* c)
     work sample_valid(const fn_task* task, int64_t set_, int64_t at, int64_t stride)
-
-    ctypedef void (*fn_body)(void* context, int64_t index) noexcept nogil
-    void fn_parallel_for(const fn_task* task, int64_t n, fn_body body, void* context,
-                         bint backwards)
 
 
 cdef enum:
