@@ -338,9 +338,12 @@ cdef inline void map_fused_unit(const fn_task* t, int64_t at, int64_t n, strip* 
     cdef const work* bias = <const work*> t.bias
     cdef coefficients c = affine_map(OF_PLACES, w.hi, w.row_scale, w.row_shift)
     cdef int64_t row
+    cdef edge ends
+    open_edge(&ends)
     for row in range(t.k):
         load_row(w, n, weight[row], bias[row])
-        map_fused(t, at + row * t.s, n, 1, 0, &c)
+        map_fused(t, at + row * t.s, n, 1, 0, &c, &ends)
+    close_edge(&ends)
 
 
 cdef void forward_unit(void* context, int64_t index) noexcept nogil:

@@ -55,7 +55,10 @@ cdef void map_fused_rows(const plan* p, int64_t b, int64_t row, int64_t rows, in
                          int64_t n) noexcept nogil:
     """Columns [c, c + n) of these rows, with a forward's coefficients."""
     cdef coefficients m = map_from(p, b, c)
-    map_fused(p.task, b * p.task.o * p.channels + row * p.width + c, n, rows, p.width, &m)
+    cdef edge ends
+    open_edge(&ends)
+    map_fused(p.task, b * p.task.o * p.channels + row * p.width + c, n, rows, p.width, &m, &ends)
+    close_edge(&ends)
 
 
 cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const coefficients* m,
@@ -164,12 +167,12 @@ cdef inline void map_down(
 
 
 cdef inline void map_some(const plan* p, int64_t b, int64_t row, int64_t c, int64_t n,
-                          bint streaming, int64_t ahead) noexcept nogil:
+                          bint streaming, int64_t ahead, edge* ends) noexcept nogil:
     """Columns [c, c + n) of the row whose values start at `row`."""
     cdef const fn_task* t = p.task
     cdef coefficients m = map_from(p, b, c)
     map_row(<const stored*> t.x + row + c, past(<const stored*> t.dy, row + c),
-            <stored*> t.y + row + c, n, &m, streaming, ahead)
+            <stored*> t.y + row + c, n, &m, streaming, ahead, ends)
 
 
 cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t rows,
@@ -195,14 +198,16 @@ cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t row
     m.dscale = turned[3]
     if t.gated:
         m.gate_scale, m.gate_shift = turned[4], turned[5]
-    map_some(p, b, at, 0, first, False, 0)
+    map_some(p, b, at, 0, first, False, 0, NULL)
     map_down(<const stored*> t.x + at + first, dy, y + at + first, rows - 1, &m, True, vectors)
-    map_some(p, b, last - p.width, first, p.width - first, False, 0)
+    map_some(p, b, last - p.width, first, p.width - first, False, 0, NULL)
 
 
 cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, c = 0, _r
+    cdef edge ends
+    open_edge(&ends)
     if p.width == 4 * WIDTH:
         map_rows_down(p, b, start, stop - row, 4)
         return
@@ -213,9 +218,10 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) no
         n = minimum(STRIP, p.width - c)
         at = start
         for _r in range(row, stop):
-            map_some(p, b, at, c, n, t.stream, t.ahead)
+            map_some(p, b, at, c, n, t.stream, t.ahead, &ends)
             at += p.width
         c += n
+    close_edge(&ends)
 
 
 cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept nogil:
@@ -225,7 +231,7 @@ cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept no
     if valid_among(mask_of(p, b, row), n // p.channels) == NONE_VALID:
         memset(<stored*> t.y + at, 0, n * sizeof(stored))
         return
-    map_some(p, b, at, 0, n, False, 0)
+    map_some(p, b, at, 0, n, False, 0, NULL)
     blank_gaps(t, <stored*> t.y + at, at, n)
 
 
@@ -244,7 +250,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
     elif t.mask == NULL:
         map_whole_rows(p, b, row, stop)
         if rest > 0:
-            map_some(p, b, at, 0, rest, t.stream, 0)
+            map_some(p, b, at, 0, rest, t.stream, 0, NULL)
     else:
         while row < stop:
             n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies

@@ -23,6 +23,7 @@ cdef struct strip:
     const work* weight
     work* sum_w
     work* sum_b
+    edge* ends  # of rows that are streamed one by one
 
 
 cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint streaming,
@@ -36,7 +37,7 @@ cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint
     cdef vec b[CHUNK]
     cdef vec w[CHUNK]
     cdef vec dx[CHUNK]
-    cdef vec d, u, hi, rstd, offset, scale, shift
+    cdef vec d, u, hi, rstd, offset, scale, shift, apart
     cdef bint whole = n == vectors * WIDTH
     cdef int64_t at, r
     cdef int v
@@ -70,7 +71,10 @@ cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint
             if dsum != NULL:
                 d = d + (load(dsum + at) if whole else load_part(dsum + at, n, 0))
             dx[v] = d
-        if whole:
+        if streaming and vectors == 1:
+            apart = dx[0]  # which stays in registers
+            put_ends(s.ends, y, n, &apart)
+        elif whole:
             put_all(y, dx, streaming, vectors)
         else:
             store_part(y, n, dx[0])
@@ -98,13 +102,13 @@ cdef inline void backward_rows(const strip* of_rows, bint streaming, int64_t ahe
             p += PAIR * WIDTH
         if p < s.n:
             step = minimum(WIDTH, (lead if p < lead else s.n) - p)
-            backward_columns(&s, p, step, False, ahead, 1)
+            backward_columns(&s, p, step, streaming, ahead, 1)
             p += step
 
 
 cdef void backward_strip(
     const fn_task* t, int64_t at, int64_t channel, int64_t rows, int64_t n, const terms* c,
-    work* sum_w, work* sum_b, bint streaming, int64_t ahead
+    work* sum_w, work* sum_b, bint streaming, int64_t ahead, edge* ends
 ) noexcept nogil:
     """n columns of some rows, the first of them `channel`'s and at `at`. (A loop of its own where a
     forward only scales: 0.9 to 1.0 of the time of RMS norm.)"""
@@ -117,6 +121,7 @@ cdef void backward_strip(
     s.c = c
     s.weight = <const work*> t.weight + channel
     s.sum_w = sum_w
+    s.ends = ends
     if t.scaled:
         s.sum_b = NULL
         backward_rows(&s, streaming, ahead)
@@ -153,7 +158,7 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
             rstd = <work> c[r].rstd
             input = affine_map(OF_ALL, &c[r].hi, &rstd, &c[r].offset)
             input.weight, input.bias = weight, <const work*> t.bias + g * t.k + k
-            map_fused(t, at, n, 1, 0, &input)
+            map_fused(t, at, n, 1, 0, &input, NULL)
         if brief and t.has_mean:
             sum_short(x + at, dy + at, weight, n, c[r].hi, lanes_s + r * VECTORS,
                       lanes_q + r * VECTORS)
@@ -217,6 +222,10 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
     cdef int64_t group = maximum(2, minimum(ROWS, 8 * ELEMENTS // t.k)), step, few
     cdef double* dweight = p.partial + 2 * b_tile * size + g * t.k
     cdef bint first = True, stream
+    # Each row's where it is mapped in strips, else one for all.
+    cdef edge ends[ROWS]
+    for r in range(ROWS):
+        open_edge(&ends[r])
     step = rows_together(t, &stream)
     few = step if t.k <= STRIP else group
     while b < end:
@@ -240,7 +249,7 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
                 while r < count:
                     backward_strip(t, (b + done + r) * size + g * t.k + k, g * t.k + k,
                                    minimum(step, count - r), n, c + r, sum_w, sum_b, stream,
-                                   ahead)
+                                   ahead, &ends[r if t.k > STRIP else 0])
                     r += step
                 if done + count == rows:
                     add_strip(sum_w, n, first, dweight + k)
@@ -252,6 +261,8 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
     if first:
         memset(dweight, 0, t.k * sizeof(double))
         memset(dweight + size, 0, t.k * sizeof(double))
+    for r in range(ROWS):
+        close_edge(&ends[r])
     if stream:
         stream_end()
 
@@ -298,6 +309,8 @@ cdef void map_strip(void* context, int64_t index) noexcept nogil:
     cdef double* sums
     cdef double gy, gyd
     cdef bint stream
+    cdef edge ends
+    open_edge(&ends)
     step = rows_together(t, &stream)
     while b < t.b:
         rows = minimum(ROWS, t.b - b)
@@ -315,11 +328,12 @@ cdef void map_strip(void* context, int64_t index) noexcept nogil:
         r = 0
         while r < rows:
             backward_strip(t, (b + r) * t.k + k, k, minimum(step, rows - r), n, c + r, sum_w,
-                           sum_b, stream, 0)
+                           sum_b, stream, 0, &ends)
             r += step
         add_strip(sum_w, n, b == 0, t.dweight + k)
         add_strip(sum_b, 0 if t.scaled else n, b == 0, t.dbias + k)
         b += rows
+    close_edge(&ends)
     if stream:
         stream_end()
 

@@ -14,9 +14,9 @@ from libc.string cimport memset
 
 from fastnorm.kernels.words cimport (
     ALL_VALID, BATCH, NONE_VALID, OF_ALL, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, affine_map,
-    blank_gaps, coefficients, fetch, fn_task, head, load, load_part, load_work, load_work_part,
-    minimum, past, past_weight, place_in_mask, put, put_all, splat, store, store_part, stored,
-    stretch, vec, work,
+    blank_gaps, coefficients, edge, fetch, fn_task, head, load, load_part, load_work,
+    load_work_part, minimum, past, past_weight, place_in_mask, put, put_all, put_ends, splat, store,
+    store_part, stored, stretch, vec, work,
 )
 
 
@@ -61,14 +61,15 @@ cdef inline vec affine(const fn_task* t, int64_t at, int64_t p, int64_t n, const
 
 cdef inline int64_t map_step(
     const fn_task* t, int64_t at, int64_t p, int64_t n, const coefficients* c, bint residual,
-    int kind, bint backward, bint streaming, bint whole
+    int kind, bint backward, bint streaming, bint whole, edge* ends
 ) noexcept nogil:
-    """Places [p, n), at most TOGETHER vectors, which are `whole` and then may be streamed. All are
-    loaded before the first is stored, as in map_places. Returns where the next step begins."""
+    """Places [p, n), at most TOGETHER vectors, perhaps all `whole`. All are loaded before the first
+    is stored, as in map_places. Returns where the next step begins."""
     cdef const stored* dy = past(<const stored*> t.upstream, at + p)
     cdef stored* y = <stored*> (t.dy if backward else t.y) + at + p
     cdef vec z[TOGETHER]
     cdef vec u[TOGETHER]
+    cdef vec apart[TOGETHER]  # z stays in registers
     cdef int64_t count
     cdef int v
     for v in range(TOGETHER):
@@ -88,36 +89,52 @@ cdef inline int64_t map_step(
     else:
         for v in range(TOGETHER):
             count = minimum(WIDTH, n - p - v * WIDTH)
-            if count > 0:
+            if streaming and ends != NULL:
+                apart[v] = z[v]
+            elif count > 0:
                 store_part(y + v * WIDTH, count, z[v])
+        if streaming and ends != NULL:
+            put_ends(ends, y, minimum(TOGETHER * WIDTH, n - p), apart)
     return minimum(n, p + TOGETHER * WIDTH)
+
+
+cdef int64_t map_end_of_fused(const fn_task* t, int64_t at, int64_t p, int64_t stop,
+                              const coefficients* c, edge* ends) noexcept nogil:
+    """Places [p, stop) of a run that is streamed, up to its first line or the last ones."""
+    while p < stop:
+        p = map_step(t, at, p, stop, c, t.residual != NULL, t.activation, False, True, False, ends)
+    return p
 
 
 cdef inline void map_with(
     const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride,
-    const coefficients* first, bint residual, int kind, bint backward, bint stream
+    const coefficients* first, bint residual, int kind, bint backward, bint stream, edge* ends
 ) noexcept nogil:
     cdef bint simple = kind == FASTNORM_RELU or kind == FASTNORM_NO_ACTIVATION, streaming
-    cdef int64_t p, whole, ahead = t.ahead if simple else 0, _r
+    cdef int64_t p, lead, ahead = t.ahead if simple else 0, _r
     cdef int64_t next_row = 1 if first.which == OF_ROWS else 0
     cdef coefficients c = first[0]
+    cdef coefficients own  # c stays in registers
     cdef int v
     for _r in range(rows):
         streaming = stream
-        whole = head(<const stored*> t.y + at, n, &streaming)
+        lead = head(<const stored*> t.y + at, n, &streaming)
         p = 0
-        while p < n:
-            # Up to the first line of y that is streamed, or the last places.
-            while p < whole:
-                p = map_step(t, at, p, whole, &c, residual, kind, backward, False, False)
-            while p + TOGETHER * WIDTH <= n:
-                if ahead:
-                    for v in range(TOGETHER):
-                        fetch(<const stored*> t.x + at + p + v * WIDTH + ahead)
-                        if residual:
-                            fetch(<const stored*> t.residual + at + p + v * WIDTH + ahead)
-                p = map_step(t, at, p, n, &c, residual, kind, backward, streaming, True)
-            whole = n
+        if lead > 0:
+            own = c
+            p = map_end_of_fused(t, at, 0, lead, &own, ends)
+        while p + TOGETHER * WIDTH <= n:
+            if ahead:
+                for v in range(TOGETHER):
+                    fetch(<const stored*> t.x + at + p + v * WIDTH + ahead)
+                    if residual:
+                        fetch(<const stored*> t.residual + at + p + v * WIDTH + ahead)
+            p = map_step(t, at, p, n, &c, residual, kind, backward, streaming, True, NULL)
+        if p < n and streaming:
+            own = c
+            map_end_of_fused(t, at, p, n, &own, ends)
+        elif p < n:
+            map_step(t, at, p, n, &c, residual, kind, backward, False, False, NULL)
         at += stride
         c.hi += next_row
         c.scale += next_row
@@ -126,7 +143,7 @@ cdef inline void map_with(
 
 cdef void map_all(
     const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride, const coefficients* c,
-    bint stream
+    bint stream, edge* ends
 ) noexcept nogil:
     """What takes no longer than memory has loops of its own, and so has SiLU alone, where they take
     0.85 of the time."""
@@ -134,25 +151,25 @@ cdef void map_all(
     cdef int kind = t.activation
     if t.upstream != NULL:
         if kind == FASTNORM_SILU and not plus:
-            map_with(t, at, n, rows, stride, c, False, FASTNORM_SILU, True, stream)
+            map_with(t, at, n, rows, stride, c, False, FASTNORM_SILU, True, stream, ends)
         else:
-            map_with(t, at, n, rows, stride, c, plus, kind, True, stream)
+            map_with(t, at, n, rows, stride, c, plus, kind, True, stream, ends)
     elif kind == FASTNORM_RELU and plus:
-        map_with(t, at, n, rows, stride, c, True, FASTNORM_RELU, False, stream)
+        map_with(t, at, n, rows, stride, c, True, FASTNORM_RELU, False, stream, ends)
     elif kind == FASTNORM_RELU:
-        map_with(t, at, n, rows, stride, c, False, FASTNORM_RELU, False, stream)
+        map_with(t, at, n, rows, stride, c, False, FASTNORM_RELU, False, stream, ends)
     elif kind == FASTNORM_NO_ACTIVATION and plus:
-        map_with(t, at, n, rows, stride, c, True, FASTNORM_NO_ACTIVATION, False, stream)
+        map_with(t, at, n, rows, stride, c, True, FASTNORM_NO_ACTIVATION, False, stream, ends)
     elif kind == FASTNORM_NO_ACTIVATION:
-        map_with(t, at, n, rows, stride, c, False, FASTNORM_NO_ACTIVATION, False, stream)
+        map_with(t, at, n, rows, stride, c, False, FASTNORM_NO_ACTIVATION, False, stream, ends)
     elif kind == FASTNORM_SILU and not plus:
-        map_with(t, at, n, rows, stride, c, False, FASTNORM_SILU, False, stream)
+        map_with(t, at, n, rows, stride, c, False, FASTNORM_SILU, False, stream, ends)
     else:
-        map_with(t, at, n, rows, stride, c, plus, kind, False, stream)
+        map_with(t, at, n, rows, stride, c, plus, kind, False, stream, ends)
 
 
 cdef public void map_fused(const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride,
-                           const coefficients* c) noexcept nogil:
+                           const coefficients* c, edge* ends) noexcept nogil:
     """map_places with residual, activation and mask, of the n values from `at` on, and of as many
     in each of the rows that start `stride` further; in a backward, the gradient of these values
     taken back through the activation."""
@@ -162,7 +179,7 @@ cdef public void map_fused(const fn_task* t, int64_t at, int64_t n, int64_t rows
     cdef coefficients part
     cdef int valid
     if t.mask == NULL:
-        map_all(t, at, n, rows, stride, c, stream)
+        map_all(t, at, n, rows, stride, c, stream, ends)
         return
     for row in range(rows):
         p = 0
@@ -175,7 +192,7 @@ cdef public void map_fused(const fn_task* t, int64_t at, int64_t n, int64_t rows
                 part = affine_map(OF_PLACES if c.which == OF_PLACES else OF_ALL, c.hi + first,
                                   c.scale + first, c.shift + first)
                 part.weight, part.bias = past_weight(c.weight, p), past_weight(c.bias, p)
-                map_all(t, at + p, count, 1, 0, &part, stream and valid == ALL_VALID)
+                map_all(t, at + p, count, 1, 0, &part, stream and valid == ALL_VALID, NULL)
                 if valid == SOME_VALID:
                     blank_gaps(t, y + at + p, at + p, count)
             p += count

@@ -19,6 +19,8 @@
 #define across_forward FN_PASTE(across_forward, FN_DTYPE, FN_LEVEL)
 #define across_backward FN_PASTE(across_backward, FN_DTYPE, FN_LEVEL)
 #define across_scratch FN_PASTE(across_scratch, FN_DTYPE, FN_LEVEL)
+#define put_ends FN_PASTE(put_ends, FN_DTYPE, FN_LEVEL)
+#define map_end FN_PASTE(map_end, FN_DTYPE, FN_LEVEL)
 #define map_fused FN_PASTE(map_fused, FN_DTYPE, FN_LEVEL)
 #define add_terms FN_PASTE(add_terms, FN_DTYPE, FN_LEVEL)
 #define sum_valid FN_PASTE(sum_valid, FN_DTYPE, FN_LEVEL)
@@ -42,9 +44,20 @@ typedef struct {
     const work *weight, *bias;
 } coefficients;
 
+/* edges.pyx: the line of y that one run ends in and the next begins in. Of its places, [first, n)
+ * are kept here until it is whole. */
+typedef struct {
+    stored *line;
+    int64_t first, n;
+    stored kept[64];
+} edge;
+void put_ends(edge *ends, stored *y, int64_t n, const vec *v);
+void map_end(const stored *x, const stored *dy, stored *y, int64_t first, int64_t stop,
+             const coefficients *c, edge *ends);
+
 /* fused.pyx */
 void map_fused(const fn_task *task, int64_t at, int64_t n, int64_t rows, int64_t stride,
-               const coefficients *c);
+               const coefficients *c, edge *ends);
 void add_terms(const fn_task *task, int64_t at, int64_t n, stored *kept);
 
 /* elements_backward.pyx */

@@ -10,8 +10,9 @@ for each place (0.5 to 0.75 of the time of rows in parts); sets of short runs ar
 What lost, measured on one core with AVX-512: the sums of four rows of 768 before the first map (1.2
 times as long), one row summed while another is mapped (0.75 to 0.95 of the time from the last
 cache, but 1.0 to 1.15 times in the second and 1.0 to 2 times streamed), asking for the next row
-early where sets are one run (1.0 to 1.1 times), asking for lines of y while x is summed (1.1 to
-1.15 times), putting together the lines that two rows share, to stream them whole (0.95 to 1), and
+early where sets are one run (1.0 to 1.1 times), asking for it in the loop of the sums too (1.05 to
+1.2 times), a sample from a row's first lines alone (0.95 to 1.0 of the time in the second-level
+cache, 1.0 out of it), asking for lines of y while x is summed (1.1 to 1.15 times), and
 -funroll-loops (1.2 times in cache). In a backward of rows, the parts of dweight merged by all
 threads (1.1 to 1.3 times). Fused multiply-adds everywhere, which the same bits at x86-64-v2 forbid,
 would change nothing (0.99 to 1.03, in cache and out of it): loads, stores and the caches are the
@@ -34,8 +35,10 @@ cdef enum:
     SLAB = 1024  # places of a slab, twice as many where outputs are streamed
     SHORT_RUN = 256  # values in a run, below which sets are summed and mapped as slabs
     # Bytes of one, below which they are only mapped as slabs; where outputs are streamed, SHORTEST,
-    # below which runs are not (0.8 of the time at 14x14; with a residual 1.0 to 1.3).
+    # below which runs are not (0.8 of the time at 14x14; with a residual 1.0 to 1.3), and with an
+    # activation alone GIVEN_ACTIVATED (0.6 of the time at 15x15).
     GIVEN_SHORT_RUN = 700
+    GIVEN_ACTIVATED = 1024
     SHORT = 1024  # values in a run, below which the next one is not foreseen
     ELEMENTS = 4096  # values of ROWS rows, or what fits a cache: more are not summed together
     KEPT = 8192  # values of rows that are kept where their sum of two terms is streamed
@@ -65,7 +68,8 @@ cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
     return (t.b == 1 and t.k == 1 and t.o >= 8 and t.mask == NULL
             and 1 < t.i < SHORT_RUN and not (
                 t.given and t.dy == NULL and t.i * <int64_t> sizeof(stored) >= (
-                    SHORTEST if t.stream and t.residual == NULL else GIVEN_SHORT_RUN)))
+                    GIVEN_SHORT_RUN if not t.stream or t.residual != NULL
+                    else GIVEN_ACTIVATED if t.fused else SHORTEST)))
 
 
 cdef inline bint brief(const plan* p) noexcept nogil:
@@ -229,12 +233,15 @@ cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, slab* w) noe
     cdef const fn_task* t = p.task
     cdef coefficients c = slab_map(t, w)
     cdef int64_t _r
+    cdef edge ends
+    open_edge(&ends)
     if t.dy == NULL and t.fused:
-        map_fused(t, at, sets * p.n, t.o, p.stride, &c)
+        map_fused(t, at, sets * p.n, t.o, p.stride, &c, &ends)
     else:
         for _r in range(t.o):
             map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    sets * p.n, &c, t.stream, t.ahead)
+                    sets * p.n, &c, t.stream, t.ahead, &ends)
             at += p.stride
+    close_edge(&ends)
     if t.stream:
         stream_end()

@@ -8,6 +8,10 @@ from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
 
 
+cdef extern from "kernels.h" nogil:
+    void elements_backward(void* context)
+
+
 cdef inline affine gate_of(const fn_task* t, int64_t set_, int64_t channel) noexcept nogil:
     """The input of the activation."""
     return affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
@@ -19,7 +23,7 @@ cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at,
     cdef const fn_task* t = p.task
     cdef affine z = gate_of(t, set_, set_ % t.g * t.k + k)
     cdef coefficients c = map_of(&z)
-    map_fused(t, at, n, runs, p.stride, &c)
+    map_fused(t, at, n, runs, p.stride, &c, NULL)
 
 
 cdef inline void deactivate_runs(const plan* p, int64_t first, int64_t run, int64_t runs,
@@ -40,7 +44,7 @@ cdef inline void deactivate_runs(const plan* p, int64_t first, int64_t run, int6
         scale[r] = z.scale
         shift[r] = z.shift
     c = affine_map(OF_ROWS, hi, scale, shift)
-    map_fused(t, at, t.i, runs, t.i, &c)
+    map_fused(t, at, t.i, runs, t.i, &c, NULL)
 
 
 cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t tile, work hi,
@@ -69,7 +73,7 @@ cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t til
 
 cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t channel,
                              int64_t p0, int64_t p1, const terms* c, int64_t ahead,
-                             bint masked) noexcept nogil:
+                             edge* ends, bint masked) noexcept nogil:
     """Places [p0, p1) of the run at `start`, of one channel."""
     cdef const fn_task* t = p.task
     cdef int64_t at = start + p0
@@ -84,9 +88,9 @@ cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t
     elif t.gated:
         z = gate_of(t, set_, channel)
         m.gate_scale, m.gate_shift = &z.scale, &z.shift
-        map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead)
+        map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead, ends)
     else:
-        map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead)
+        map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead, ends)
 
 
 cdef inline void add_channel(const plan* p, int64_t channel, const double* sums, const terms* c,
@@ -167,6 +171,8 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
     cdef int64_t b_tile = index // p.blocks, b, set_, s, stop, end, _k, r
     cdef int64_t start, channel, ahead
     cdef double* dweight = p.partial + 2 * b_tile * t.g * t.k
+    cdef edge ends
+    open_edge(&ends)
     for b in range(b_tile * t.b // p.b_tiles, (b_tile + 1) * t.b // p.b_tiles):
         set_ = b * t.g + index % p.blocks * p.block
         end = minimum((b + 1) * t.g, set_ + p.block)
@@ -193,10 +199,12 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
                 channel = set_ % t.g * t.k
                 for s in range(set_, stop):
                     for _k in range(t.k):
-                        map_channel(p, s, start, channel, 0, p.n, &c[s - set_], ahead, masked)
+                        map_channel(p, s, start, channel, 0, p.n, &c[s - set_], ahead, &ends,
+                                    masked)
                         start += t.i
                         channel += 1
             set_ = stop
+    close_edge(&ends)
     if t.stream:
         stream_end()
 
@@ -231,7 +239,7 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
                 fill(w.gate_shift + s * p.n, p.n, z.shift)
         if t.upstream != NULL:
             input = affine_map(OF_PLACES, w.hi, w.gate_scale, w.gate_shift)
-            map_fused(t, first * p.n, sets * p.n, t.o, p.stride, &input)
+            map_fused(t, first * p.n, sets * p.n, t.o, p.stride, &input, NULL)
         sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
                   &w, sums)
         for s in range(sets):
@@ -275,6 +283,8 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     cdef int64_t set_, k0, k1, tile, k, r0, r1, p0, p1, r
     cdef double* over_set
     cdef terms c
+    cdef edge ends
+    open_edge(&ends)
     unit_bounds(p, index, &set_, &k0, &k1, &tile)
     over_set = p.partial + 2 * (p.sets * t.k * p.tiles + set_)
     start_terms(t, set_, &c)
@@ -283,7 +293,8 @@ cdef void backward_tile_map(void* context, int64_t index) noexcept nogil:
     for r in range(r0, r1):
         for k in range(k0, k1):
             map_channel(p, set_, set_start(t, set_) + k * t.i + r * p.stride,
-                        set_ % t.g * t.k + k, p0, p1, &c, 0, t.mask != NULL)
+                        set_ % t.g * t.k + k, p0, p1, &c, 0, &ends, t.mask != NULL)
+    close_edge(&ends)
     if t.stream:
         stream_end()
 

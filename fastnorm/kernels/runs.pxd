@@ -271,49 +271,61 @@ cdef inline int64_t map_batches(
     return p + BATCH * WIDTH
 
 
-cdef inline void map_places(
-    const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* of_run,
-    bint streaming, int64_t ahead
-) noexcept nogil:
-    """n values of y. With `ahead`, the values so far ahead are asked for meanwhile: they are the
-    next to be summed, and memory would otherwise only be written here.
-
-    Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
-    cdef coefficients c = of_run[0]  # in registers: y may lie anywhere
-    cdef vec one[6]
-    cdef vec now[BATCH]
-    cdef vec now_dy[BATCH]
-    cdef int64_t p = 0, part = head(y, n, &streaming), step
-    # A line that is streamed in part is read, and written twice.
-    cdef int64_t stop = n - (n - part) % (64 // <int64_t> sizeof(stored)) if streaming else n
+cdef inline void load_one(vec* one, const coefficients* c, bint with_dy) noexcept nogil:
     one[1] = splat(c.scale[0])
     if c.hi != NULL:
         one[0] = splat(c.hi[0])
         one[2] = splat(c.shift[0])
-    one[3] = splat(0 if dy == NULL else c.dscale[0])
+    one[3] = splat(c.dscale[0] if with_dy else 0)
     if c.gate_scale != NULL:
         one[4] = splat(c.gate_scale[0])
         one[5] = splat(c.gate_shift[0])
-    while p < n:
-        if part == 0:
-            if (not streaming and n >= BATCH * WIDTH
-                    and (c.which != OF_PLACES or until_aligned(y) == 0)):
-                p = map_batches(x, dy, y, n, &c, one, ahead)
-            while p + PAIR * WIDTH <= stop:
-                load_batch(now, now_dy, x + p, past(dy, p), ahead, PAIR)
-                map_batch(now, now_dy, y, p, &c, one, dy != NULL, streaming, PAIR)
-                p += PAIR * WIDTH
-            while p + WIDTH <= stop:
-                load_batch(now, now_dy, x + p, past(dy, p), ahead, 1)
-                map_batch(now, now_dy, y, p, &c, one, dy != NULL, streaming, 1)
-                p += WIDTH
-            part = n - p
-        else:
-            # Up to the first line of y, which may be several vectors away, or the last places.
-            step = minimum(part, WIDTH)
-            store_part(y + p, step, mapped_part(x, dy, p, step, &c, one))
-            p += step
-            part -= step
+
+
+cdef inline int64_t map_vectors(
+    const stored* x, const stored* dy, stored* y, int64_t p, int64_t stop, const coefficients* c,
+    const vec* one, bint streaming, int64_t ahead
+) noexcept nogil:
+    """map_places of the places [p, stop), as many as are whole vectors; where they end."""
+    cdef vec now[BATCH]
+    cdef vec now_dy[BATCH]
+    while p + PAIR * WIDTH <= stop:
+        load_batch(now, now_dy, x + p, past(dy, p), ahead, PAIR)
+        map_batch(now, now_dy, y, p, c, one, dy != NULL, streaming, PAIR)
+        p += PAIR * WIDTH
+    while p + WIDTH <= stop:
+        load_batch(now, now_dy, x + p, past(dy, p), ahead, 1)
+        map_batch(now, now_dy, y, p, c, one, dy != NULL, streaming, 1)
+        p += WIDTH
+    return p
+
+
+cdef inline void map_places(
+    const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* of_run,
+    bint streaming, int64_t ahead, edge* ends
+) noexcept nogil:
+    """n values of y. With `ahead`, the values so far ahead are asked for meanwhile: they are the
+    next to be summed, and memory would otherwise only be written here. `ends` joins the ends of
+    runs that follow each other and are streamed; it may be NULL.
+
+    Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long."""
+    cdef coefficients c = of_run[0]  # in registers: y may lie anywhere
+    cdef vec one[6]
+    cdef int64_t p = 0, lead = head(y, n, &streaming), stop
+    load_one(one, &c, dy != NULL)
+    if streaming:
+        stop = n - (n - lead) % (64 // <int64_t> sizeof(stored))
+        if lead > 0:
+            map_end(x, dy, y, 0, lead, of_run, ends)
+        map_vectors(x, dy, y, lead, stop, &c, one, True, ahead)
+        if stop < n:
+            map_end(x, dy, y, stop, n, of_run, ends)
+        return
+    if n >= BATCH * WIDTH and (c.which != OF_PLACES or until_aligned(y) == 0):
+        p = map_batches(x, dy, y, n, &c, one, ahead)
+    p = map_vectors(x, dy, y, p, n, &c, one, False, ahead)
+    if p < n:
+        store_part(y + p, n - p, mapped_part(x, dy, p, n - p, &c, one))
 
 
 cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,

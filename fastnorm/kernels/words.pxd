@@ -95,13 +95,20 @@ cdef extern from "kernels.h" nogil:
         const work* weight
         const work* bias
 
+    # Of edges.pyx.
+    ctypedef struct edge:
+        stored* line
+        int64_t first
+        int64_t n
+        stored* kept
+    void put_ends(edge* ends, stored* y, int64_t n, const vec* v)
+    void map_end(const stored* x, const stored* dy, stored* y, int64_t first, int64_t stop,
+                 const coefficients* c, edge* ends)
+
     # Of fused.pyx.
     void map_fused(const fn_task* task, int64_t at, int64_t n, int64_t rows, int64_t stride,
-                   const coefficients* c)
+                   const coefficients* c, edge* ends)
     void add_terms(const fn_task* task, int64_t at, int64_t n, stored* kept)
-
-    # Of elements_backward.pyx.
-    void elements_backward(void* context)
 
     # Of columns_statistics.pyx.
     void start_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
@@ -124,7 +131,7 @@ cdef enum:
     STEP = 4  # rows of columns summed at a time, while the next ones are asked for
     RUN = 128  # values of a column summed in the working type before they meet a double
     MOST_WIDTH = 16  # of a vec
-    SHORTEST = 1024  # bytes of a run that is streamed though its ends are not whole lines
+    SHORTEST = 800  # bytes of a run that is streamed though its ends are not whole lines
     STRETCH = 1024  # values of a run whose mask is looked at together
 
 
@@ -229,12 +236,24 @@ cdef inline void put_all(stored* y, const vec* v, bint streaming, int vectors) n
 cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
     """Values before y can be streamed; where it never can, 0, and streaming is off."""
     cdef int64_t count = until_aligned(y) if streaming[0] else 0
-    # Lines that are half streamed cost more than they save: short runs must be whole lines. (Those
-    # of 8 lines took 1.2 to 1.4 times as long streamed, those of 16 and more 0.8 to 0.95 times.)
+    # Lines that are put together (edges.pyx) cost more than streaming saves where there are few:
+    # short runs must be whole lines. (Those of 6 to 11 took 1.0 to 1.35 times as long streamed,
+    # those of 12 and more 0.6 to 0.9 times.)
     if count < 0 or (n < SHORTEST // <int64_t> sizeof(stored) and (count > 0 or n % WIDTH != 0)):
         streaming[0] = False
         return 0
     return minimum(count, n)
+
+
+cdef inline void open_edge(edge* e) noexcept nogil:
+    e.line = NULL
+    e.first = e.n = 0
+
+
+cdef inline void close_edge(edge* e) noexcept nogil:
+    if e.n > e.first:
+        memcpy(e.line + e.first, e.kept + e.first, (e.n - e.first) * sizeof(stored))
+    open_edge(e)
 
 
 # ---- from sums to statistics -------------------------------------------------------------
