@@ -180,7 +180,9 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
         fetch_group(p, t.dy, set_, minimum(p.group, end - set_))
         while set_ < end:
             stop = minimum(end, set_ + p.group)
-            ahead = look_ahead(p, stop < end)
+            # The next block's too: sets of one channel 0.9 to 0.95 of the time, others 1.0 to 1.3.
+            ahead = look_ahead(p, stop < end or (t.k == 1 and p.b_tiles == t.b
+                                                 and stop < p.sets))
             if t.upstream != NULL:
                 fetch_group(p, t.upstream, set_, stop - set_)
             if t.residual != NULL:
