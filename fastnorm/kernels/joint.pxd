@@ -1,4 +1,5 @@
-"""Inlined words of the across order: rows put together, to be streamed as whole lines."""
+"""Inlined words of the across order and of rows backward: rows put together in the first-level
+cache, to be streamed as whole lines."""
 
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memmove

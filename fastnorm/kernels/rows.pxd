@@ -106,7 +106,7 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         if brief(p):
             p.group = maximum(1, minimum(ceil_div(ROWS, t.k), t.l2 // 4 // bytes))
     else:
-        # Half the cache for what is under way, half for what map_run asks for.
+        # Half the cache for what is under way, half for what map_places asks for.
         p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
         if in_slabs(t):
             p.group = maximum(1, minimum(p.group, (2 * SLAB if t.stream else SLAB) // n))
