@@ -204,7 +204,7 @@ cdef inline int64_t rows_together(const fn_task* t, bint* stream) noexcept nogil
 
 
 cdef inline bint joins(const fn_task* t) noexcept nogil:
-    """Whether rows that end within a line are put together before they are streamed (0.75 to 1.05
+    """Whether rows that end within a line are put together before they are streamed (0.7 to 1.1
     of the time of each alone, with its ends in `ends`)."""
     cdef int64_t lead = until_aligned(<const stored*> t.y), bytes = t.k * <int64_t> sizeof(stored)
     return (t.stream and lead >= 0 and t.g == 1 and t.mask == NULL and t.k <= STRIP
