@@ -6,7 +6,6 @@ the few hand-written C files.
 """
 
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -26,9 +25,8 @@ ROOT = Path(__file__).parent.resolve()
 KERNELS = Path("fastnorm/kernels")
 HEADER = Path("include/fastnorm.h")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 LEVELS = {
-    True: {  # on x86-64
+    True: {  # for x86-64
         "v2": ["-march=x86-64-v2"],
         "v3": ["-march=x86-64-v3"],
         "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
@@ -115,6 +113,7 @@ class Library:
         self.compiler = shlex.split(
             os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
         )
+        self.x86_64 = self._answer("-dumpmachine").startswith("x86_64")
         self.openmp = ["-fopenmp"] if self._has_openmp() else []
         self.private = "-lm -lpthread" + (" -lgomp" if self.openmp else "")
         self.objects = []
@@ -139,7 +138,7 @@ class Library:
         folders = [f"-I{ROOT / 'include'}", f"-I{ROOT / KERNELS}"]
         extra = shlex.split(os.environ.get("FASTNORM_CFLAGS", ""))
         commands = []
-        for source, name, flags in steps(X86_64):
+        for source, name, flags in steps(self.x86_64):
             folder = ROOT / KERNELS if source in HAND_WRITTEN else self.temporary
             openmp = self.openmp if source in HAND_WRITTEN else []
             self.objects.append(self.temporary / name)
@@ -166,9 +165,9 @@ class Library:
         whole = self.temporary / "libfastnorm.o"
         call([*self.compiler, "-r", "-nostdlib", "-o", whole, *self.objects])
         keep = [f"--keep-global-symbol={name}" for name in public_names()]
-        call(["objcopy", "--strip-unneeded", *keep, whole])
+        call([self._answer("-print-prog-name=objcopy"), "--strip-unneeded", *keep, whole])
         path.unlink(missing_ok=True)
-        call(["ar", "rcs", path, whole])
+        call([self._answer("-print-prog-name=ar"), "rcs", path, whole])
 
     def describe(self, folder, include, soname, rpath):
         """pkg-config's and CMake's files, in the folder of the library; `include` from there."""
@@ -187,6 +186,11 @@ class Library:
                 text = text.replace(f"@{key}@", value)
             (folder / place).mkdir(parents=True, exist_ok=True)
             (folder / place / name).write_text(text)
+
+    def _answer(self, question):
+        """What the compiler says of itself: it may be one for another processor."""
+        command = [*self.compiler, question]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
 
     def _has_openmp(self):
         if os.environ.get("FASTNORM_OPENMP") == "0":

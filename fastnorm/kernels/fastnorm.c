@@ -18,6 +18,13 @@
 /* Below this traffic a parallel region costs more than it saves. */
 enum { SERIAL_BYTES = 192 << 10 };
 
+/* Elsewhere `stream` of words.h is a plain store. */
+#if defined(__SSE2__)
+enum { HAS_STREAMING_STORES = 1 };
+#else
+enum { HAS_STREAMING_STORES = 0 };
+#endif
+
 /* What lies so many bytes ahead is asked for by fused maps and maps of rows whose inputs the last
  * level may hold: processors do not foresee beyond a page. (0.5 to 1.0 of the time; of what comes
  * from memory up to 1.15, in long runs of a channel up to 1.4.) */
@@ -225,7 +232,7 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     size_t traffic = bytes * arrays;
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
-    task->stream = task->y != task->x && task->y != task->dy && task->y != task->residual &&
+    task->stream = HAS_STREAMING_STORES && task->y != task->x && task->y != task->dy && task->y != task->residual &&
                    task->y != task->dsum && task->y != task->terms[0] &&
                    task->y != task->terms[1] && traffic > (size_t)fn_last_level_bytes() / 2;
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
