@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
+.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 
@@ -53,6 +53,9 @@ tsan:  ## run the C tests under ThreadSanitizer
 
 valgrind:  ## run the C tests under valgrind
 	tests/sanitize.sh valgrind
+
+emulate:  ## run the C tests on AArch64 under QEMU (tests/emulate.sh names the packages)
+	tests/emulate.sh aarch64
 
 fuzz:  ## 10 minutes of libFuzzer on the C library (clang brings it), then as long of random Python calls
 	tests/fuzz.sh 600
