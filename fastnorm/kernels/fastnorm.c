@@ -234,7 +234,8 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     if (traffic < SERIAL_BYTES) task->threads = 1;
     task->stream = HAS_STREAMING_STORES && task->y != task->x && task->y != task->dy &&
                    task->y != task->residual && task->y != task->dsum &&
-                   task->y != task->terms[0] && task->y != task->terms[1] && traffic > (size_t)fn_last_level_bytes() / 2;
+                   task->y != task->terms[0] && task->y != task->terms[1] &&
+                   traffic > (size_t)fn_last_level_bytes() / 2;
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
     task->ahead = task->stream && bytes * (arrays - 1) <= (size_t)fn_last_level_bytes()
                       ? AHEAD / (int)size : 0;
