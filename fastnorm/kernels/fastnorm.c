@@ -384,13 +384,13 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
         if (task.given || !task.var) task.var = part.var;
     }
     if (task.given) {
-        for (int64_t g = 0; g < geometry->g; g++) {
-            task.mean[g] = fn_get(args->running_mean, params, g);
-            task.var[g] = fn_get(args->running_var, params, g);
-            if (args->mean) args->mean[g] = task.mean[g];
-            if (args->var) args->var[g] = task.var[g];
-            if (args->rstd) args->rstd[g] = 1.0 / sqrt(task.var[g] + task.eps);
-        }
+        const int64_t n = geometry->g;
+        fn_get_all(task.mean, args->running_mean, params, n);
+        fn_get_all(task.var, args->running_var, params, n);
+        if (args->mean) memcpy(args->mean, task.mean, (size_t)n * sizeof *task.mean);
+        if (args->var) memcpy(args->var, task.var, (size_t)n * sizeof *task.var);
+        for (int64_t g = 0; args->rstd && g < n; g++)
+            args->rstd[g] = 1.0 / sqrt(task.var[g] + task.eps);
     }
     choose_threads_and_stores(&task, &options, fn_size_of(args->dtype));
     (task.s > 1 ? kernels->across_forward

@@ -20,7 +20,7 @@ int32_t fn_work_dtype(int32_t dtype)
     return dtype == FASTNORM_FLOAT64 ? FASTNORM_FLOAT64 : FASTNORM_FLOAT32;
 }
 
-double fn_get(const void *array, int32_t dtype, int64_t at)
+static double get(const void *array, int32_t dtype, int64_t at)
 {
     switch (dtype) {
     case FASTNORM_FLOAT32: {
@@ -55,7 +55,7 @@ static void put(void *array, int32_t dtype, int64_t at, double value)
     }
 }
 
-/* fn_get and put of n values. A loop for each of the usual types, so that it is one of vectors: weights
+/* get and put of n values. A loop for each of the usual types, so that it is one of vectors: weights
  * of 16 bits, or dweight and dbias of 4096, took longer than a small call's sums otherwise. */
 static void copy_all(void *to, int32_t to_dtype, const void *from, int32_t from_dtype, int64_t n)
 {
@@ -66,7 +66,16 @@ static void copy_all(void *to, int32_t to_dtype, const void *from, int32_t from_
     } else if (to_dtype == FASTNORM_FLOAT32 && from_dtype == FASTNORM_FLOAT16) {
         for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_float16(bits[at]);
     } else {
-        for (int64_t at = 0; at < n; at++) put(to, to_dtype, at, fn_get(from, from_dtype, at));
+        for (int64_t at = 0; at < n; at++) put(to, to_dtype, at, get(from, from_dtype, at));
+    }
+}
+
+void fn_get_all(double *values, const void *array, int32_t dtype, int64_t n)
+{
+    if (dtype == FASTNORM_FLOAT32) {
+        for (int64_t at = 0; at < n; at++) values[at] = get(array, FASTNORM_FLOAT32, at);
+    } else {
+        for (int64_t at = 0; at < n; at++) values[at] = get(array, dtype, at);
     }
 }
 
@@ -128,16 +137,23 @@ static double values_of(const fn_task *task, int64_t b)
 void fn_move_running(void *running, int32_t dtype, const double *batch, int unbiased,
                      double momentum, const fn_task *task)
 {
+    enum { BLOCK = 256 };
+    double now[BLOCK], mean[BLOCK];
     int64_t sets = 0;
     if (!running) return;
     for (int64_t b = 0; b < task->b; b++) sets += values_of(task, b) > 0;
-    for (int64_t g = 0; sets && g < task->g; g++) {
-        double mean = 0;
+    for (int64_t first = 0; sets && first < task->g; first += BLOCK) {
+        const int64_t n = task->g - first < BLOCK ? task->g - first : BLOCK;
+        void *at = (char *)running + (size_t)first * fn_size_of(dtype);
+        memset(mean, 0, sizeof mean);
         for (int64_t b = 0; b < task->b; b++) {
             const double count = values_of(task, b);
-            mean += batch[b * task->g + g] * (unbiased && count > 1 ? count / (count - 1.0) : 1.0);
+            const double factor = unbiased && count > 1 ? count / (count - 1.0) : 1.0;
+            for (int64_t j = 0; j < n; j++) mean[j] += batch[b * task->g + first + j] * factor;
         }
-        mean /= (double)sets;
-        put(running, dtype, g, (1.0 - momentum) * fn_get(running, dtype, g) + momentum * mean);
+        fn_get_all(now, at, dtype, n);
+        for (int64_t j = 0; j < n; j++)
+            now[j] = (1.0 - momentum) * now[j] + momentum * (mean[j] / (double)sets);
+        fn_put_all(at, dtype, now, n);
     }
 }

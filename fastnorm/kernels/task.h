@@ -71,7 +71,7 @@ int fn_available_threads(void);
 /* parameters.c: arrays of any element type of fastnorm.h */
 size_t fn_size_of(int32_t dtype);        /* of an element; 0 of none */
 int32_t fn_work_dtype(int32_t dtype);    /* of the arithmetic, and the parameters that kernels read */
-double fn_get(const void *array, int32_t dtype, int64_t at);
+void fn_get_all(double *values, const void *array, int32_t dtype, int64_t n);
 /* The n values, or as many zeros where values is NULL; nowhere where array is. */
 void fn_put_all(void *array, int32_t dtype, const double *values, int64_t n);
 /* Weights or biases in the working type: as they are where they have it, else a copy; of NULL,
