@@ -25,6 +25,7 @@ CASES = [
     Case("batch", (5, 6)),
     Case("batch", (3, 4, 5, 9)),
     Case("batch", (11, 6, 7, 7)),
+    Case("batch", (1, 6, 5, 7)),
     Case("instance", (2, 6, 3, 4, 5)),
     Case("group", (2, 6, 35), 2),
     Case("group", (4, 6), 2),

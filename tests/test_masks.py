@@ -24,6 +24,7 @@ CASES = [
     Case("batch", (300, 70, 5)),
     Case("batch", (40, 3, 17, 19)),
     Case("batch", (300, 17)),
+    Case("batch", (40, 4100)),
     Case("instance", (5, 3, 700)),
     Case("instance", (4, 6, 40)),
     Case("instance", (3, 7, 13, 13)),

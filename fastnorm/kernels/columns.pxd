@@ -9,7 +9,8 @@ nothing.
 
 A slice of b is done in three steps: sums of each tile of rows, statistics and coefficients of
 each column, and the map, last tile first, so that the end of the sums' read is still in cache.
-Slices that fit the second-level cache take all steps in one unit of work. A larger x is read
+Slices that fit the second-level cache take all steps in one unit of work, as do strips of columns
+of few and wide rows, which are too few tiles for the threads. A larger x is read
 twice and y written once, but for what of x the last-level cache still holds.
 
 What lost: one row after the other, sums in the first-level cache (1.2 to 1.3 times as long in a
@@ -17,7 +18,8 @@ forward, 0.9 to 1.2 in a backward); all rows of 64 columns before the next 64 (1
 long at 256 and 1024 channels, two threads); coefficients read again, and plain stores, for every
 row of 64 columns (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5
 times with streaming, the same in cache); all steps of a strip of columns that fits the second-level
-cache (1.1 to 1.5 times, and within the caches 0.9 to 1.4); two to sixteen rows of a few vectors
+cache where there are tiles for all threads (1.1 to 1.5 times, and within the caches 0.9 to 1.4); the
+sums of wide rows in strips of 2048 columns (1.0); two to sixteen rows of a few vectors
 mapped together, coefficients in registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
@@ -33,6 +35,7 @@ cdef enum:
     WIDE = 64  # and at least this
     MAX_TILES = 32
     TILE = 65536  # values in a tile, about, at least
+    LEAST_STRIP = 256  # columns that one thread takes all steps of
     STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
     MANY_CHANNELS = 256  # fewer are copied
     MOST_COPIES = 64
@@ -54,6 +57,7 @@ cdef struct plan:
     int64_t padded  # width, in whole vectors
     int64_t step  # rows summed before the next columns are
     int64_t strip  # columns that are started and finished by one thread
+    bint finishing  # which has all steps of them, since they fit its second-level cache
     int64_t tile_slot  # bytes of scratch for a tile
     int64_t slot  # and for a slice
 

@@ -8,6 +8,7 @@ from fastnorm.kernels.words cimport *
 
 
 cdef void cut(plan* p, const fn_task* t) noexcept nogil:
+    cdef int64_t fit
     p.task = t
     p.channels = t.g * t.k
     p.copies = 1
@@ -25,6 +26,13 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     # All rows of a run at once where the sums fit registers: memory is read in its order then.
     p.step = RUN if p.width <= CHUNK * WIDTH else STEP
     p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
+    # Tiles too few for the threads (0.55 to 0.8 of the time; strips of 512 columns 1.0 to 1.6).
+    fit = t.l2 // 2 // (p.rows * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2))
+    p.finishing = (t.k == 1 and p.copies == 1 and p.tiles < t.threads
+                   and p.channels >= 2 * STRIP and fit >= LEAST_STRIP)
+    if p.finishing:
+        fit = minimum(minimum(STRIP, fit), p.width // t.threads)
+        p.strip = maximum(LEAST_STRIP, fit // LEAST_STRIP * LEAST_STRIP)
     # Per tile: two sums of each column, and their lanes; then about or hi, scale, shift, dscale
     # and the gate; then the rows that count of each copy.
     p.tile_slot = (2 * p.width * <int64_t> sizeof(double)
@@ -83,40 +91,43 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
     sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, m, s, q, 0)
 
 
-cdef void sum_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
-    """A few rows of all columns at a time: memory is read in order, and the sums of the other
+cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
+                   int64_t c1) noexcept nogil:
+    """The columns [c0, c1), a few rows at a time: memory is read in order, and the sums of the other
     columns wait in the first-level cache."""
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows), count, whole
-    cdef int64_t at = b * t.o * p.channels, since = 0
+    cdef int64_t at = b * t.o * p.channels + c0, since = 0, n = c1 - c0
     cdef const stored* x = <const stored*> t.x + at
     cdef const stored* dy = past(<const stored*> t.dy, at)
-    cdef coefficients m = map_from(p, b, 0)
-    cdef double* total = sums_of(p, b, tile)
-    cdef work* s = lanes_of(p, b, tile)
+    cdef coefficients m = map_from(p, b, c0)
+    cdef double* total = sums_of(p, b, tile) + c0
+    cdef work* s = lanes_of(p, b, tile) + c0
     cdef work* q = s + p.padded
-    memset(total, 0, 2 * p.width * sizeof(double))
-    memset(s, 0, 2 * p.padded * sizeof(work))
+    memset(total, 0, n * sizeof(double))
+    memset(total + p.width, 0, n * sizeof(double))
+    memset(s, 0, n * sizeof(work))
+    memset(q, 0, n * sizeof(work))
     while row < stop:
         count = minimum(minimum(p.step, stop - row), RUN - since)
         whole = valid_rows(t, b * t.o + row * p.copies, count * p.copies) // p.copies
         count = maximum(1, whole)
         if t.upstream != NULL:
-            map_fused_rows(p, b, row, count, 0, p.width)
+            map_fused_rows(p, b, row, count, c0, n)
         if whole > 0:
-            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, p.width, &m, s, q,
+            sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, n, &m, s, q,
                      count * p.width if t.far and p.step == STEP else 0)
         elif p.copies > 1:
             sum_gaps(p, b, row, p.copies, &m, s, q)
         row += count
         since += count
         if since == RUN:
-            flush_columns(p.width, s, total)
-            flush_columns(p.width, q, total + p.width)
+            flush_columns(n, s, total)
+            flush_columns(n, q, total + p.width)
             since = 0
     if since > 0:
-        flush_columns(p.width, s, total)
-        flush_columns(p.width, q, total + p.width)
+        flush_columns(n, s, total)
+        flush_columns(n, q, total + p.width)
     if tile == p.tiles - 1 and p.rest > 0:
         if t.upstream != NULL:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
@@ -203,9 +214,10 @@ cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t row
     map_some(p, b, last - p.width, first, p.width - first, False, 0, NULL)
 
 
-cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) noexcept nogil:
+cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, int64_t c,
+                         int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, c = 0, _r
+    cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, _r
     cdef edge ends
     open_edge(&ends)
     if p.width == 4 * WIDTH:
@@ -214,8 +226,8 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop) no
     if p.width == 3 * WIDTH:
         map_rows_down(p, b, start, stop - row, 3)
         return
-    while c < p.width:
-        n = minimum(STRIP, p.width - c)
+    while c < c1:
+        n = minimum(STRIP, c1 - c)
         at = start
         for _r in range(row, stop):
             map_some(p, b, at, c, n, t.stream, t.ahead, &ends)
@@ -235,27 +247,30 @@ cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept no
     blank_gaps(t, <stored*> t.y + at, at, n)
 
 
-cdef void map_tile(const plan* p, int64_t b, int64_t tile) noexcept nogil:
+cdef void map_tile(const plan* p, int64_t b, int64_t tile, int64_t c0, int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows)
     cdef int64_t rest = p.rest if tile == p.tiles - 1 else 0
-    cdef int64_t at = (b + 1) * t.o * p.channels - rest, n, c = 0
+    cdef int64_t at = (b + 1) * t.o * p.channels - rest, n, c = c0
     if t.dy == NULL and (t.activation != 0 or t.residual != NULL):
-        while c < p.width:
-            n = minimum(STRIP, p.width - c)
+        while c < c1:
+            n = minimum(STRIP, c1 - c)
             map_fused_rows(p, b, row, stop - row, c, n)
             c += n
         if rest > 0:
             map_fused_rows(p, b, p.rows, 1, 0, rest)
     elif t.mask == NULL:
-        map_whole_rows(p, b, row, stop)
+        map_whole_rows(p, b, row, stop, c0, c1)
         if rest > 0:
             map_some(p, b, at, 0, rest, t.stream, 0, NULL)
     else:
         while row < stop:
             n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies
             if n > 0:
-                map_whole_rows(p, b, row, row + n)
+                map_whole_rows(p, b, row, row + n, c0, c1)
+            elif p.copies == 1:
+                memset(<stored*> t.y + b * t.o * p.channels + row * p.width + c0, 0,
+                       (c1 - c0) * sizeof(stored))
             else:
                 map_gaps(p, b, row, p.width)
             row += maximum(1, n)
@@ -284,7 +299,7 @@ cdef void unit_start(void* context, int64_t index) noexcept nogil:
 
 cdef void unit_sums(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
-    sum_tile(p, p.b0 + index // p.tiles, index % p.tiles)
+    sum_tile(p, p.b0 + index // p.tiles, index % p.tiles, 0, p.width)
 
 
 cdef void unit_finish(void* context, int64_t index) noexcept nogil:
@@ -295,18 +310,29 @@ cdef void unit_finish(void* context, int64_t index) noexcept nogil:
 
 cdef void unit_map(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
-    map_tile(p, p.b0 + index // p.tiles, index % p.tiles)
+    map_tile(p, p.b0 + index // p.tiles, index % p.tiles, 0, p.width)
+
+
+cdef void do_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
+    """All steps of some columns."""
+    cdef int64_t tile
+    start_columns(p, b, c0, c1)
+    for tile in range(p.tiles):
+        sum_tile(p, b, tile, c0, c1)
+    finish_columns(p, b, c0, c1)
+    for tile in range(p.tiles - 1, -1, -1):
+        map_tile(p, b, tile, c0, c1)
 
 
 cdef void unit_whole(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
-    cdef int64_t b = p.b0 + index, tile
-    start_columns(p, b, 0, p.width)
-    for tile in range(p.tiles):
-        sum_tile(p, b, tile)
-    finish_columns(p, b, 0, p.width)
-    for tile in range(p.tiles - 1, -1, -1):
-        map_tile(p, b, tile)
+    do_columns(p, p.b0 + index, 0, p.width)
+
+
+cdef void unit_strip(void* context, int64_t index) noexcept nogil:
+    cdef int64_t b, c0, c1
+    strip_bounds(<const plan*> context, index, &b, &c0, &c1)
+    do_columns(<const plan*> context, b, c0, c1)
 
 
 cdef void run_batch(plan* p) noexcept nogil:
@@ -319,6 +345,8 @@ cdef void run_batch(plan* p) noexcept nogil:
         fn_parallel_for(t, p.tiles, unit_map, p, True)
     elif p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
         fn_parallel_for(t, p.batch, unit_whole, p, False)
+    elif p.finishing:
+        fn_parallel_for(t, strips, unit_strip, p, False)
     else:
         fn_parallel_for(t, strips, unit_start, p, False)
         fn_parallel_for(t, p.batch * p.tiles, unit_sums, p, False)
