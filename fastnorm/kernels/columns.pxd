@@ -9,18 +9,18 @@ nothing.
 
 A slice of b is done in three steps: sums of each tile of rows, statistics and coefficients of
 each column, and the map, last tile first, so that the end of the sums' read is still in cache.
-Slices that fit the second-level cache take all steps in one unit of work, as do strips of columns
-of few and wide rows, which are too few tiles for the threads. A larger x is read
-twice and y written once, but for what of x the last-level cache still holds.
+Slices that fit the second-level cache take all steps in one unit of work, as do strips of few and
+wide rows, which are too few tiles for the threads. A larger x is read twice and y written once, but
+for what of x the last-level cache still holds.
 
 What lost: one row after the other, sums in the first-level cache (1.2 to 1.3 times as long in a
 forward, 0.9 to 1.2 in a backward); all rows of 64 columns before the next 64 (1.1 to 1.2 times as
 long at 256 and 1024 channels, two threads); coefficients read again, and plain stores, for every
 row of 64 columns (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5
 times with streaming, the same in cache); all steps of a strip of columns that fits the second-level
-cache where there are tiles for all threads (1.1 to 1.5 times, and within the caches 0.9 to 1.4); the
-sums of wide rows in strips of 2048 columns (1.0); two to sixteen rows of a few vectors
-mapped together, coefficients in registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed).
+cache where there are tiles for all threads (1.1 to 1.5 times, and within the caches 0.9 to 1.4);
+the sums of wide rows in strips of 2048 columns (1.0); two to sixteen rows of a few vectors mapped
+together, coefficients in registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed).
 
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.

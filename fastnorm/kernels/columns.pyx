@@ -93,8 +93,8 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
                    int64_t c1) noexcept nogil:
-    """The columns [c0, c1), a few rows at a time: memory is read in order, and the sums of the other
-    columns wait in the first-level cache."""
+    """The columns [c0, c1), a few rows at a time: memory is read in order, and the sums of the
+    other columns wait in the first-level cache."""
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows), count, whole
     cdef int64_t at = b * t.o * p.channels + c0, since = 0, n = c1 - c0

@@ -174,6 +174,10 @@ static void set_geometry(fn_task *task, const fastnorm_geometry *s)
     task->k = s->k;
     task->i = s->i;
     task->s = s->s > 1 ? s->s : 1;
+    if (s->g == 1 && s->k == 1 && s->i == 1) { /* a single column is a run */
+        task->i = s->o;
+        task->o = 1;
+    }
     task->l2 = fn_l2_bytes();
 }
 
