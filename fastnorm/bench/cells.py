@@ -14,7 +14,7 @@ ROWS = (
 )
 CONVNEXT = ((96, 56), (192, 28), (384, 14), (768, 7))  # layer norm over the channels
 VOLUMES = ((2, 32, 64, 64, 64), (2, 320, 8, 8, 8))
-ODD = ((32, 3, 224, 224), (16, 17, 56, 56), (16, 100, 13, 13), (1, 96, 9, 11))
+ODD = ((32, 3, 224, 224), (32, 192, 35, 35), (16, 17, 56, 56), (16, 100, 13, 13), (1, 96, 9, 11))
 TINY = (1, 64, 8, 8)
 QUICK = {(32, 64, 56, 56), (32, 512, 7, 7), (2, 320, 64, 64), (4096, 768), (16, 17, 56, 56), TINY}
 
@@ -70,11 +70,11 @@ def cells(quick=False):
     add(batches, images, [(32, c, s, s) for c, s in RESNET])
     add(batches, images, [(n, c, s, s) for n in (1, 8) for c, s in ((64, 56), (512, 7))])
     add(batches, images, [*ODD, TINY])
-    add(("batch",), ("",), [(128, 1024), (4096, 256), (256, 4096)])
+    add(("batch",), ("",), [(128, 1024), (4096, 256), (256, 4096), (64, 8192)])
     add(("group",), images, [(n, c, s, s) for n, c, s in DIFFUSION], 32)
     add(("group",), images, [TINY, (2, 96, 17, 19)], 32)
     add(("instance",), images, [*VOLUMES, (2, 320, 64, 64), (8, 17, 56, 56)])
-    add(("layer", "rms"), ("",), [*ROWS, (3000, 1000), (64, 64)])
+    add(("layer", "rms"), ("",), [*ROWS, (3000, 1000), (20000, 300), (64, 64)])
     add(("layer",), ("NCHW",), [(32, c, s, s) for c, s in CONVNEXT])
     blocks = [(32, c, s, s) for c, s in ((64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))]
     add(batches, images, [*blocks, (1, 256, 56, 56)], after=("residual", "relu"))
