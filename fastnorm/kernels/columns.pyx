@@ -223,10 +223,11 @@ cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t row
     map_some(p, b, last - p.width, first, p.width - first, False, 0, NULL)
 
 
-cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, int64_t c,
+cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, int64_t c0,
                          int64_t c1) noexcept nogil:
+    """The columns [c0, c1) of some rows, all of which count."""
     cdef const fn_task* t = p.task
-    cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, _r
+    cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, c = c0, _r
     cdef edge ends
     open_edge(&ends)
     if p.width == 4 * WIDTH:
