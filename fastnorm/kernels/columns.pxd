@@ -31,8 +31,9 @@ from libc.stdint cimport int64_t, uint8_t
 from fastnorm.kernels.words cimport *
 
 cdef enum:
-    NARROW = 16  # the width of few columns becomes a multiple of this, and whole lines
-    LEAST = 48  # and at least this (64: 1.1 to 1.6 times as long at 3 and at 24 channels)
+    NARROW = 16  # the width of few columns becomes a multiple of this
+    # And at least this, but CHUNKS in 16 bits. (64: 1.1 to 1.6 times as long at 3 and 24 channels.)
+    LEAST = 48
     CHUNKS = 64  # and rather of this: CHUNK vectors at every level
     SUMMED = 4096  # values whose rows are summed before the next columns are
     MAX_TILES = 32

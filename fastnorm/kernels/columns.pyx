@@ -8,14 +8,14 @@ from fastnorm.kernels.words cimport *
 
 
 cdef void cut(plan* p, const fn_task* t) noexcept nogil:
-    cdef int64_t fit
+    cdef int64_t fit, least
     p.task = t
     p.channels = t.g * t.k
     p.copies = 1
     p.width = p.channels
     if p.channels < MANY_CHANNELS:
-        while (p.width < LEAST or p.width % NARROW != 0
-               or p.width * <int64_t> sizeof(stored) % 64 != 0):
+        least = LEAST if sizeof(stored) > 2 else CHUNKS  # whole lines
+        while p.width % NARROW != 0 or p.width < least:
             p.copies += 1
             p.width += p.channels
         # Whole chunks of vectors, where many rows are left (0.7 to 0.95 of the time at 80 to 160
