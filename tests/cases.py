@@ -99,6 +99,7 @@ def large_cases():
         Case("batch", (70, 1000)),
         Case("batch", (40, 4100)),
         Case("batch", (4, 100, 13, 13)),
+        Case("batch", (9, 1, 61, 67)),
         Case("batch", (3, 900, 5, 5)),
         Case("instance", (2, 3, 40, 41, 43)),
         Case("instance", (40, 37, 3, 3)),

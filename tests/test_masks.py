@@ -26,6 +26,7 @@ CASES = [
     Case("batch", (300, 17)),
     Case("batch", (40, 4100)),
     Case("batch", (9, 255, 61)),
+    Case("instance", (5, 1, 700)),
     Case("instance", (5, 3, 700)),
     Case("instance", (4, 6, 40)),
     Case("instance", (3, 7, 13, 13)),

@@ -55,27 +55,29 @@ static void put(void *array, int32_t dtype, int64_t at, double value)
     }
 }
 
-/* get and put of n values. A loop for each of the usual types, so that it is one of vectors: weights
- * of 16 bits, or dweight and dbias of 4096, took longer than a small call's sums otherwise. */
-static void copy_all(void *to, int32_t to_dtype, const void *from, int32_t from_dtype, int64_t n)
-{
-    const fn_short *bits = from;
-    float *narrow = to; /* of a workspace */
-    if (to_dtype == FASTNORM_FLOAT32 && from_dtype == FASTNORM_BFLOAT16) {
-        for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_bfloat16(bits[at]);
-    } else if (to_dtype == FASTNORM_FLOAT32 && from_dtype == FASTNORM_FLOAT16) {
-        for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_float16(bits[at]);
-    } else {
-        for (int64_t at = 0; at < n; at++) put(to, to_dtype, at, get(from, from_dtype, at));
-    }
-}
-
 void fn_get_all(double *values, const void *array, int32_t dtype, int64_t n)
 {
     if (dtype == FASTNORM_FLOAT32) {
         for (int64_t at = 0; at < n; at++) values[at] = get(array, FASTNORM_FLOAT32, at);
     } else {
         for (int64_t at = 0; at < n; at++) values[at] = get(array, dtype, at);
+    }
+}
+
+/* To the working type from another. A loop for each, so that it is one of vectors: weights of 16 bits, or
+ * dweight and dbias of 4096, took longer than a small call's sums otherwise. */
+static void copy_all(void *to, int32_t to_dtype, const void *from, int32_t from_dtype, int64_t n)
+{
+    const fn_short *bits = from;
+    float *narrow = to; /* of a workspace */
+    if (to_dtype == FASTNORM_FLOAT64) {
+        fn_get_all(to, from, from_dtype, n);
+    } else if (from_dtype == FASTNORM_BFLOAT16) {
+        for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_bfloat16(bits[at]);
+    } else if (from_dtype == FASTNORM_FLOAT16) {
+        for (int64_t at = 0; at < n; at++) narrow[at] = fn_widen_float16(bits[at]);
+    } else {
+        for (int64_t at = 0; at < n; at++) narrow[at] = (float)get(from, from_dtype, at);
     }
 }
 
