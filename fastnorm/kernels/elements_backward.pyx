@@ -146,8 +146,8 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
     cdef const stored* dy = <const stored*> t.dy
     cdef const work* weight = <const work*> t.weight + g * t.k + k
     cdef double sums[2]
-    cdef vec lanes_s[ROWS * VECTORS]
-    cdef vec lanes_q[ROWS * VECTORS]
+    cdef eight_work folded_s[ROWS]
+    cdef eight_work folded_q[ROWS]
     cdef bint brief = n <= FLUSH * LANES
     cdef work rstd
     cdef coefficients input
@@ -161,10 +161,10 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
             input.weight, input.bias = weight, <const work*> t.bias + g * t.k + k
             map_fused(t, at, n, 1, 0, &input, NULL)
         if brief and t.has_mean:
-            sum_short(x + at, dy + at, weight, n, c[r].hi, lanes_s + r * VECTORS,
-                      lanes_q + r * VECTORS)
+            sum_short(x + at, dy + at, weight, n, c[r].hi, &folded_s[r],
+                      &folded_q[r])
         elif brief:
-            sum_short(x + at, dy + at, weight, n, 0, NULL, lanes_q + r * VECTORS)
+            sum_short(x + at, dy + at, weight, n, 0, NULL, &folded_q[r])
             s[r] = 0
         else:
             sums[0] = sums[1] = 0
@@ -172,9 +172,9 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
             s[r] = sums[0]
             q[r] = sums[1]
     if brief:
-        fold_rows(lanes_q, rows, q)
+        fold_rows(folded_q, rows, q)
     if brief and t.has_mean:
-        fold_rows(lanes_s, rows, s)
+        fold_rows(folded_s, rows, s)
 
 
 cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows,

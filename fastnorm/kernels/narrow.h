@@ -97,6 +97,21 @@ static inline int any_nan(vec a, vec b)
 #if defined(__F16C__)
 static inline work widen(stored v) { return _cvtsh_ss(v); }
 static inline uint16_t narrow(work v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+static inline work widen(stored v)
+{
+    __fp16 half;
+    memcpy(&half, &v, sizeof half);
+    return half;
+}
+
+static inline uint16_t narrow(work v)
+{
+    const __fp16 half = (__fp16)v;
+    uint16_t bits;
+    memcpy(&bits, &half, sizeof bits);
+    return bits;
+}
 #else
 static inline work widen(stored v) { return fn_widen_float16(v); }
 static inline uint16_t narrow(work v) { return fn_narrow_float16(v); }
@@ -108,6 +123,8 @@ static inline vec widen_all(short_vec x)
     return (vec)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__F16C__)
     return (vec)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+    return (vec)vcvt_f32_f16((float16x4_t)x);
 #else
     vec v;
     for (int j = 0; j < WIDTH; j++) v[j] = fn_widen_float16(x[j]);
@@ -121,6 +138,8 @@ static inline short_vec narrow_all(vec v)
     return (short_vec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (short_vec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+    return (short_vec)vcvt_f16_f32((float32x4_t)v);
 #else
     short_vec x;
     for (int j = 0; j < WIDTH; j++) x[j] = fn_narrow_float16(v[j]);

@@ -130,8 +130,8 @@ cdef inline void sum_brief(const plan* p, int64_t first, int64_t sets, const ter
     cdef double q[ROWS]
     cdef double sums[2]
     cdef double over_set[2]
-    cdef vec lanes_s[ROWS * VECTORS]
-    cdef vec lanes_q[ROWS * VECTORS]
+    cdef eight_work folded_s[ROWS]
+    cdef eight_work folded_q[ROWS]
     cdef int64_t runs = sets * t.k, done = 0, rows, r, set_ = 0, k = 0, summed = 0, at = 0
     cdef int64_t channel = first % t.g * t.k
     over_set[0] = over_set[1] = 0
@@ -140,15 +140,15 @@ cdef inline void sum_brief(const plan* p, int64_t first, int64_t sets, const ter
         if t.upstream != NULL:
             deactivate_runs(p, first, done, rows, set_start(t, first) + done * t.i)
         for r in range(rows):
-            sum_short(x, dy, NULL, t.i, c[summed].hi, lanes_s + r * VECTORS, lanes_q + r * VECTORS)
+            sum_short(x, dy, NULL, t.i, c[summed].hi, &folded_s[r], &folded_q[r])
             x += t.i
             dy += t.i
             at += 1
             if at == t.k:
                 at = 0
                 summed += 1
-        fold_rows(lanes_s, rows, s)
-        fold_rows(lanes_q, rows, q)
+        fold_rows(folded_s, rows, s)
+        fold_rows(folded_q, rows, q)
         for r in range(rows):
             sums[0] = s[r]
             sums[1] = q[r]

@@ -13,6 +13,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 /* The caller's arrays may lie anywhere. */
@@ -311,7 +313,7 @@ static inline void widen_eight(eight *wide, const eight_work *v)
 
 /* The lanes, folded to eight: pairwise in the working type, which costs what one more value of each
  * would, and a third of the instructions of widening all of them first. */
-static inline void fold_to_eight(eight *wide, const vec *lanes)
+static inline void fold_to_eight(eight_work *folded, const vec *lanes)
 {
     eight_work low, high;
 #if defined(__AVX512F__) && defined(FN_TYPE_float64)
@@ -328,8 +330,7 @@ static inline void fold_to_eight(eight *wide, const vec *lanes)
     low = part[0] + part[2];
     high = part[1] + part[3];
 #endif
-    low += high;
-    widen_eight(wide, &low);
+    *folded = low + high;
 }
 
 /* The sum of eight, pairwise. */
@@ -371,7 +372,9 @@ static inline double sum_work(const work *a, int64_t n)
 static inline double fold_lanes(const vec *lanes, const double *total)
 {
     eight sum, before;
-    fold_to_eight(&sum, lanes);
+    eight_work folded;
+    fold_to_eight(&folded, lanes);
+    widen_eight(&sum, &folded);
     for (int part = 0; total && part < FN_LANES / 8; part++) {
         memcpy(&before, total + 8 * part, sizeof before);
         sum += before;
@@ -381,15 +384,15 @@ static inline double fold_lanes(const vec *lanes, const double *total)
 
 enum { FN_ROWS = 8 };
 
-/* fold_lanes of up to FN_ROWS sets at once, one behind the other; 0 for those not there. */
-static inline void fold_rows(const vec *lanes, int64_t rows, double *sums)
+/* The sums of up to FN_ROWS sets at once, each folded to eight; 0 for those not there. */
+static inline void fold_rows(const eight_work *folded, int64_t rows, double *sums)
 {
 #if defined(__AVX512F__)
     /* The same additions, with the rows side by side: a row's fold alone is mostly waiting. */
     __m512d v[FN_ROWS];
     for (int r = 0; r < FN_ROWS; r++) {
         eight sum = {0};
-        if (r < rows) fold_to_eight(&sum, lanes + r * VECTORS);
+        if (r < rows) widen_eight(&sum, folded + r);
         v[r] = (__m512d)sum;
     }
     for (int r = 0; r < 4; r++)
@@ -401,8 +404,11 @@ static inline void fold_rows(const vec *lanes, int64_t rows, double *sums)
     v[0] = _mm512_add_pd(_mm512_unpacklo_pd(v[0], v[1]), _mm512_unpackhi_pd(v[0], v[1]));
     _mm512_storeu_pd(sums, _mm512_shuffle_f64x2(v[0], v[0], 0xd8));
 #else
-    for (int64_t r = 0; r < FN_ROWS; r++)
-        sums[r] = r < rows ? fold_lanes(lanes + r * VECTORS, NULL) : 0;
+    for (int64_t r = 0; r < FN_ROWS; r++) {
+        eight sum = {0};
+        if (r < rows) widen_eight(&sum, folded + r);
+        sums[r] = fold_eight(&sum);
+    }
 #endif
 }
 

@@ -3,8 +3,8 @@
 A vec is one register of the working type. The loops are in runs.pxd and down.pxd.
 """
 
-from libc.math cimport INFINITY, fabs, isfinite, sqrt
-from libc.stdint cimport int64_t, uint8_t
+from libc.math cimport INFINITY, fabs, sqrt
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
 
@@ -19,6 +19,7 @@ cdef extern from "words.h" nogil:
     ctypedef float work
     ctypedef float vec
     ctypedef double eight
+    ctypedef work eight_work
     work widen(stored v)
     work on_grid(work value)
     vec splat(work value)
@@ -40,7 +41,8 @@ cdef extern from "words.h" nogil:
     double fold_eight(const eight* v)
     double sum_work(const work* a, int64_t n)
     double fold_lanes(const vec* lanes, const double* total)
-    void fold_rows(const vec* lanes, int64_t rows, double* sums)
+    void fold_to_eight(eight_work* folded, const vec* lanes)
+    void fold_rows(const eight_work* folded, int64_t rows, double* sums)
     int64_t until_aligned(const stored* y)
     const stored* past(const stored* x, int64_t n)
     const work* past_weight(const work* x, int64_t n)
@@ -271,11 +273,10 @@ cdef inline work spread_sample(
 ) noexcept nogil:
     """A value near the mean: the average of SAMPLES values spread over the runs, exactly the
     constant for a constant input."""
-    cdef double odd = 0, even = 0, first = <double> widen(x[0])
-    cdef int j
-    for j in range(1, SAMPLES, 2):
-        odd += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
-    for j in range(2, SAMPLES, 2):
-        even += <double> widen(x[(j * runs // SAMPLES) * stride + j * n // SAMPLES]) - first
-    first += (odd + even) * (1.0 / SAMPLES)
-    return on_grid(<work> first) if isfinite(first) and fabs(first) < 1e37 else <work> 0
+    cdef work first = widen(x[0]), total = 0
+    cdef uint64_t j  # a division of what may be negative takes four instructions more
+    for j in range(1, SAMPLES):
+        total += widen(x[j * runs // SAMPLES * stride + j * n // SAMPLES]) - first
+    first += total * <work> (1.0 / SAMPLES)
+    # Neither inf nor NaN is smaller.
+    return on_grid(first) if fabs(<double> first) < 1e37 else <work> 0
