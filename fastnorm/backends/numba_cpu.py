@@ -82,12 +82,14 @@ def _of_type(array, size, work):
     return np.empty(size, work)
 
 
-def _with_room(statistics, sets):
+def _with_room(mean, var, rstd, sets):
     """The arrays, and one of its own for each that is not wanted."""
-    if all(array is not None for array in statistics):
-        return statistics
-    room = np.empty((len(statistics), sets))
-    return [own if array is None else array for own, array in zip(room, statistics, strict=True)]
+    if mean is None or var is None or rstd is None:
+        room = np.empty((3, sets))
+        mean = room[0] if mean is None else mean
+        var = room[1] if var is None else var
+        rstd = room[2] if rstd is None else rstd
+    return mean, var, rstd
 
 
 def _apart(array, written):
@@ -135,6 +137,13 @@ def _in_columns(geometry):
     return geometry.i == 1 and geometry.o > 1
 
 
+def _as_runs(geometry):
+    """A single column is a run."""
+    if _in_columns(geometry) and geometry.g * geometry.k == 1:
+        return geometry._replace(o=1, i=geometry.o)
+    return geometry
+
+
 def _step(read, cut):
     """See numba_words. What belongs to the columns must stay in the first cache, in order."""
     narrow = cut[1] <= columns.STRIP
@@ -159,6 +168,7 @@ def _planned(geometry, dtype, flags, num_threads, arrays):
 
 @lru_cache(maxsize=1024)
 def forward_plan(geometry, dtype, flags, num_threads):
+    geometry = _as_runs(geometry)
     common = _planned(geometry, dtype, flags, num_threads, 2)
     sets, given = common["sets"], common["given"]
     sizes = geometry[:5]
@@ -187,6 +197,7 @@ def forward_plan(geometry, dtype, flags, num_threads):
 
 @lru_cache(maxsize=1024)
 def backward_plan(geometry, dtype, flags, num_threads):
+    geometry = _as_runs(geometry)
     common = _planned(geometry, dtype, flags, num_threads, 3)
     sizes = geometry[:5]
     parts = geometry.b
@@ -239,7 +250,7 @@ def _normalize(
     """A forward with nothing beside; of rows also one of x = the sum of two terms. Where y is empty
     only the statistics are found."""
     plan = forward_plan(geometry, x.dtype, flags, num_threads)
-    mean, var, rstd = _with_room((mean, var, rstd), plan.sets)
+    mean, var, rstd = _with_room(mean, var, rstd, plan.sets)
     if plan.given:
         mean[:], var[:] = running_mean, running_var
     shared = plan.large and any(np.may_share_memory(y, array) for array in (x, *terms))
@@ -339,7 +350,7 @@ def _forward_beside(
     if fused.sum is not None:
         terms, x, residual = (x, residual), fused.sum, None
     mapped = bool(fused.activation or residual is not None)
-    mean, var, rstd = _with_room((mean, var, rstd), geometry.b * geometry.g * geometry.s)
+    mean, var, rstd = _with_room(mean, var, rstd, geometry.b * geometry.g * geometry.s)
     _normalize(geometry, x, x.reshape(-1)[:0] if mapped else y, weight, bias, eps, mean, var, rstd,
                *last, terms)
     if mapped:
@@ -348,6 +359,7 @@ def _forward_beside(
 
 def _map_fused(geometry, dy, x, residual, weight, bias, into, mean, rstd, fused, num_threads):
     """The map of a forward; of a backward with dy."""
+    geometry = _as_runs(geometry)
     work, channels = TABLE[x.dtype].work, geometry.g * geometry.k
     arrays = [array for array in (dy, x, residual, into) if array is not None]
     moved = len(arrays) * x.nbytes
