@@ -12,7 +12,8 @@ from fastnorm.kernels.words cimport *
 
 cdef struct strip:
     # n columns of some rows; dweight and dbias go onto sum_w and sum_b, which have room for whole
-    # vectors. Where sum_b is NULL, the forward only scales.
+    # vectors, or into them where the rows are the first. Where sum_b is NULL, the forward only
+    # scales.
     const stored* x
     const stored* dy
     const stored* dsum
@@ -22,6 +23,7 @@ cdef struct strip:
     int64_t n
     const terms* c  # of each row
     const work* weight
+    bint first
     work* sum_w
     work* sum_b
     edge* ends  # of rows that are streamed one by one
@@ -44,9 +46,11 @@ cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint
     cdef int v
     for v in range(vectors):
         at = first + v * WIDTH
-        a[v] = load_work(s.sum_w + at)
-        if s.sum_b != NULL:
-            b[v] = load_work(s.sum_b + at)
+        a[v] = b[v] = splat(0)
+        if not s.first:
+            a[v] = load_work(s.sum_w + at)
+            if s.sum_b != NULL:
+                b[v] = load_work(s.sum_b + at)
         w[v] = load_work(s.weight + at) if whole else load_work_part(s.weight + at, n, 0)
     for r in range(s.rows):
         hi = splat(s.c[r].hi)
@@ -109,7 +113,8 @@ cdef inline void backward_rows(const strip* of_rows, bint streaming, int64_t ahe
 
 cdef void backward_strip(
     const fn_task* t, stored* y, int64_t at, int64_t channel, int64_t rows, int64_t n,
-    const terms* c, work* sum_w, work* sum_b, bint streaming, int64_t ahead, edge* ends
+    const terms* c, bint first, work* sum_w, work* sum_b, bint streaming, int64_t ahead,
+    edge* ends
 ) noexcept nogil:
     """n columns of some rows, the first of them `channel`'s and at `at`; y: where they go. (A loop
     of its own where a forward only scales: 0.9 to 1.0 of the time of RMS norm.)"""
@@ -121,7 +126,7 @@ cdef void backward_strip(
     s.rows, s.stride, s.n = rows, t.g * t.k, n
     s.c = c
     s.weight = <const work*> t.weight + channel
-    s.sum_w = sum_w
+    s.first, s.sum_w = first, sum_w
     s.ends = ends
     if t.scaled:
         s.sum_b = NULL
@@ -259,15 +264,13 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
             k = 0
             while k < t.k:
                 n = minimum(STRIP, t.k - k)
-                if done == 0:
-                    memset(sum_w, 0, (n + MOST_WIDTH) * sizeof(work))
-                    memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
                 r = 0
                 while r < count:
                     at = (b + done + r) * size + g * t.k + k
                     y = &j.kept[j.n] if joining else <stored*> t.y + at
                     backward_strip(t, y, at, g * t.k + k, minimum(step, count - r), n, c + r,
-                                   sum_w, sum_b, stream, ahead, &ends[r if t.k > STRIP else 0])
+                                   done + r == 0, sum_w, sum_b, stream, ahead,
+                                   &ends[r if t.k > STRIP else 0])
                     if joining:
                         stream_joint(&j, minimum(step, count - r) * t.k, False)
                     r += step
@@ -345,13 +348,11 @@ cdef void map_strip(void* context, int64_t index) noexcept nogil:
                 sums += 2 * t.b
             start_terms(t, b + r, &c[r])
             finish_terms(p, b + r, gy, gyd, &c[r], False)
-        memset(sum_w, 0, (n + MOST_WIDTH) * sizeof(work))
-        memset(sum_b, 0, (n + MOST_WIDTH) * sizeof(work))
         r = 0
         while r < rows:
             at = (b + r) * t.k + k
-            backward_strip(t, <stored*> t.y + at, at, k, minimum(step, rows - r), n, c + r, sum_w,
-                           sum_b, stream, 0, &ends)
+            backward_strip(t, <stored*> t.y + at, at, k, minimum(step, rows - r), n, c + r,
+                           r == 0, sum_w, sum_b, stream, 0, &ends)
             r += step
         add_strip(sum_w, n, b == 0, t.dweight + k)
         add_strip(sum_b, 0 if t.scaled else n, b == 0, t.dbias + k)
