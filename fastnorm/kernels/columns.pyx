@@ -227,7 +227,11 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, in
                          int64_t c1) noexcept nogil:
     """The columns [c0, c1) of some rows, all of which count."""
     cdef const fn_task* t = p.task
-    cdef int64_t start = b * t.o * p.channels + row * p.width, at, n, c = c0, _r
+    cdef int64_t start = b * t.o * p.channels + row * p.width, n, c = c0, _r
+    cdef const stored* x
+    cdef const stored* dy
+    cdef stored* y
+    cdef coefficients m
     cdef edge ends
     open_edge(&ends)
     if p.width == 4 * WIDTH:
@@ -238,10 +242,15 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, in
         return
     while c < c1:
         n = minimum(STRIP, c1 - c)
-        at = start
+        m = map_from(p, b, c)
+        x = <const stored*> t.x + start + c
+        dy = past(<const stored*> t.dy, start + c)
+        y = <stored*> t.y + start + c
         for _r in range(row, stop):
-            map_some(p, b, at, c, n, t.stream, t.ahead, &ends)
-            at += p.width
+            map_row(x, dy, y, n, &m, t.stream, t.ahead, &ends)
+            x += p.width
+            dy = past(dy, p.width)
+            y += p.width
         c += n
     close_edge(&ends)
 
