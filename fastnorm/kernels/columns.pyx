@@ -154,7 +154,7 @@ cdef inline void map_down(
     const stored* x, const stored* dy, stored* y, int64_t rows, const coefficients* m,
     bint streaming, int vectors
 ) noexcept nogil:
-    """map_row for whole rows of a few vectors: the coefficients stay in registers."""
+    """map_each for whole rows of a few vectors: the coefficients stay in registers."""
     cdef vec hi[CHUNK]
     cdef vec scale[CHUNK]
     cdef vec shift[CHUNK]
@@ -185,13 +185,13 @@ cdef inline void map_down(
         dy = past(dy, vectors * WIDTH)
 
 
-cdef inline void map_some(const plan* p, int64_t b, int64_t row, int64_t c, int64_t n,
+cdef inline void map_some(const plan* p, int64_t b, int64_t at, int64_t rows, int64_t c, int64_t n,
                           bint streaming, int64_t ahead, edge* ends) noexcept nogil:
-    """Columns [c, c + n) of the row whose values start at `row`."""
+    """Columns [c, c + n) of rows, the first of which starts at `at`."""
     cdef const fn_task* t = p.task
     cdef coefficients m = map_from(p, b, c)
-    map_row(<const stored*> t.x + row + c, past(<const stored*> t.dy, row + c),
-            <stored*> t.y + row + c, n, &m, streaming, ahead, ends)
+    map_rows_of_places(<const stored*> t.x + at + c, past(<const stored*> t.dy, at + c),
+                       <stored*> t.y + at + c, rows, p.width, n, &m, streaming, ahead, ends)
 
 
 cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t rows,
@@ -218,20 +218,16 @@ cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t row
     m.dscale = turned[3]
     if t.gated:
         m.gate_scale, m.gate_shift = turned[4], turned[5]
-    map_some(p, b, at, 0, first, False, 0, NULL)
+    map_some(p, b, at, 1, 0, first, False, 0, NULL)
     map_down(<const stored*> t.x + at + first, dy, y + at + first, rows - 1, &m, True, vectors)
-    map_some(p, b, last - p.width, first, p.width - first, False, 0, NULL)
+    map_some(p, b, last - p.width, 1, first, p.width - first, False, 0, NULL)
 
 
 cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, int64_t c0,
                          int64_t c1) noexcept nogil:
     """The columns [c0, c1) of some rows, all of which count."""
     cdef const fn_task* t = p.task
-    cdef int64_t start = b * t.o * p.channels + row * p.width, n, c = c0, _r
-    cdef const stored* x
-    cdef const stored* dy
-    cdef stored* y
-    cdef coefficients m
+    cdef int64_t start = b * t.o * p.channels + row * p.width, n, c = c0
     cdef edge ends
     open_edge(&ends)
     if p.width == 4 * WIDTH:
@@ -242,15 +238,7 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, in
         return
     while c < c1:
         n = minimum(STRIP, c1 - c)
-        m = map_from(p, b, c)
-        x = <const stored*> t.x + start + c
-        dy = past(<const stored*> t.dy, start + c)
-        y = <stored*> t.y + start + c
-        for _r in range(row, stop):
-            map_row(x, dy, y, n, &m, t.stream, t.ahead, &ends)
-            x += p.width
-            dy = past(dy, p.width)
-            y += p.width
+        map_some(p, b, start, stop - row, c, n, t.stream, t.ahead, &ends)
         c += n
     close_edge(&ends)
 
@@ -262,7 +250,7 @@ cdef void map_gaps(const plan* p, int64_t b, int64_t row, int64_t n) noexcept no
     if valid_among(mask_of(p, b, row), n // p.channels) == NONE_VALID:
         memset(<stored*> t.y + at, 0, n * sizeof(stored))
         return
-    map_some(p, b, at, 0, n, False, 0, NULL)
+    map_some(p, b, at, 1, 0, n, False, 0, NULL)
     blank_gaps(t, <stored*> t.y + at, at, n)
 
 
@@ -281,7 +269,7 @@ cdef void map_tile(const plan* p, int64_t b, int64_t tile, int64_t c0, int64_t c
     elif t.mask == NULL:
         map_whole_rows(p, b, row, stop, c0, c1)
         if rest > 0:
-            map_some(p, b, at, 0, rest, t.stream, 0, NULL)
+            map_some(p, b, at, 1, 0, rest, t.stream, 0, NULL)
     else:
         while row < stop:
             n = valid_rows(t, b * t.o + row * p.copies, (stop - row) * p.copies) // p.copies

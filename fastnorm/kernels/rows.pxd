@@ -187,7 +187,7 @@ cdef inline coefficients map_of(const affine* a) noexcept nogil:
 
 
 cdef struct slab:
-    # For each place: the value that sums are about, sums, then what map_row reads. With room
+    # For each place: the value that sums are about, sums, then what it is mapped with. With room
     # for a whole vec behind the last place.
     work hi[2 * SLAB + 16]
     work s[2 * SLAB + 16]
@@ -237,16 +237,14 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
 cdef inline void map_slabs(const plan* p, int64_t at, int64_t sets, slab* w) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef coefficients c = slab_map(t, w)
-    cdef int64_t _r
     cdef edge ends
     open_edge(&ends)
     if t.dy == NULL and t.fused:
         map_fused(t, at, sets * p.n, t.o, p.stride, &c, &ends)
     else:
-        for _r in range(t.o):
-            map_row(<const stored*> t.x + at, past(<const stored*> t.dy, at), <stored*> t.y + at,
-                    sets * p.n, &c, t.stream, t.ahead, &ends)
-            at += p.stride
+        map_rows_of_places(<const stored*> t.x + at, past(<const stored*> t.dy, at),
+                           <stored*> t.y + at, t.o, p.stride, sets * p.n, &c, t.stream, t.ahead,
+                           &ends)
     close_edge(&ends)
     if t.stream:
         stream_end()

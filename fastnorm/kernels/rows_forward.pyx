@@ -107,10 +107,12 @@ cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int
     cdef work hi = <work> mean, scale = <work> rstd
     cdef work shift = <work> (-(mean - <double> hi) * rstd)
     cdef coefficients c = affine_map(OF_ALL, &hi, &scale, &shift)
+    cdef coefficients own  # c stays in registers
     c.weight = <const work*> t.weight + channel
     c.bias = <const work*> t.bias + channel
     if t.fused:
-        map_fused(t, at, n, 1, 0, &c, ends)
+        own = c
+        map_fused(t, at, n, 1, 0, &own, ends)
         return
     if t.scaled:
         c.hi = c.shift = c.bias = NULL
@@ -122,8 +124,10 @@ cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int
 cdef inline void map_at(const fn_task* t, int64_t at, int64_t n, const coefficients* c,
                         int64_t ahead, edge* ends) noexcept nogil:
     """The n values of a run from `at` on."""
+    cdef coefficients own  # what c points to stays in registers
     if t.fused:
-        map_fused(t, at, n, 1, 0, c, ends)
+        own = c[0]
+        map_fused(t, at, n, 1, 0, &own, ends)
     else:
         map_places(<const stored*> t.x + at, NULL, <stored*> t.y + at, n, c, t.stream, ahead,
                    ends)
