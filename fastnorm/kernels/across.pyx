@@ -106,11 +106,11 @@ cdef inline void flush(strip* w, int64_t n) noexcept nogil:
     memset(w.q, 0, n * sizeof(work))
 
 
-cdef inline void clear(strip* w) noexcept nogil:
-    memset(w.s, 0, sizeof(w.s))
-    memset(w.q, 0, sizeof(w.q))
-    memset(w.total_s, 0, sizeof(w.total_s))
-    memset(w.total_q, 0, sizeof(w.total_q))
+cdef inline void clear(strip* w, int64_t n) noexcept nogil:
+    memset(w.s, 0, (n + MOST_WIDTH) * sizeof(work))
+    memset(w.q, 0, (n + MOST_WIDTH) * sizeof(work))
+    memset(w.total_s, 0, n * sizeof(double))
+    memset(w.total_q, 0, n * sizeof(double))
 
 
 # ---- forward -----------------------------------------------------------------------------
@@ -122,10 +122,10 @@ cdef inline void sample_sets(const fn_task* t, const stored* x, int64_t n,
     cdef int64_t count = minimum(SAMPLED, t.k), j, c
     cdef double inverse = 1.0 / <double> count
     cdef const stored* row
-    memset(w.hi, 0, sizeof(w.hi))
+    memset(w.hi, 0, (n + MOST_WIDTH) * sizeof(work))
     if not t.has_mean:
         return
-    memset(w.total_s, 0, sizeof(w.total_s))
+    memset(w.total_s, 0, n * sizeof(double))
     for j in range(1, count):
         row = x + j * t.k // count * t.s
         for c in range(n):
@@ -355,7 +355,7 @@ cdef void forward_unit(void* context, int64_t index) noexcept nogil:
     cdef const stored* x = <const stored*> t.x + at
     cdef coefficients c = affine_map(OF_PLACES, w.hi, w.scale, w.shift)
     sample_sets(t, x, n, &w)
-    clear(&w)
+    clear(&w, n)
     while row < t.k:
         count = minimum(step, t.k - row)
         sum_rows(x + row * t.s, NULL, count, t.s, n, &c, w.s, w.q,
@@ -502,9 +502,9 @@ cdef inline void start_sets(const fn_task* t, int64_t set_, int64_t n, strip* w)
     """Into w a forward's coefficients, from what it found; 0 behind the last place."""
     cdef double mean
     cdef int64_t c
-    memset(w.hi, 0, sizeof(w.hi))
-    memset(w.scale, 0, sizeof(w.scale))
-    memset(w.shift, 0, sizeof(w.shift))
+    memset(w.hi, 0, (n + MOST_WIDTH) * sizeof(work))
+    memset(w.scale, 0, (n + MOST_WIDTH) * sizeof(work))
+    memset(w.shift, 0, (n + MOST_WIDTH) * sizeof(work))
     for c in range(n):
         mean = t.mean[set_ + c] if t.has_mean else 0
         w.hi[c] = <work> mean
@@ -554,7 +554,7 @@ cdef void backward_part(void* context, int64_t part) noexcept nogil:
         start_sets(t, set_, n, &w)
         if t.upstream != NULL:
             map_fused_unit(t, at, n, &w)
-        clear(&w)
+        clear(&w, n)
         row = 0
         while row < t.k:
             if t.mask != NULL:
