@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import platform
 import re
 import shutil
 import subprocess
@@ -210,6 +211,22 @@ def test_scripts_of_the_benchmarks():
     sizes = "import cost_model as m; print(m.workspace(m.Cell('batch', 0, 'NCHW', (4, 16, 7, 7))))"
     found = run(sys.executable, "-c", sizes, env=os.environ | {"PYTHONPATH": str(folder)})
     assert int(found.stdout) > 0, found.stderr
+
+
+@needs_library
+def test_instructions_are_counted():
+    script = ROOT / "benchmarks" / "instructions.py"
+    tools = all(shutil.which(tool) for tool in ("cc", "objdump"))
+    if not (script.exists() and tools and platform.machine() == "x86_64"):
+        pytest.skip("no source, or not the tools and the processor it takes")
+    size = ("forward", 64, 1, 1, 64, 1, 1, "--least", 0.5)
+    found = run(sys.executable, script, *size, check=False)
+    if "may be traced" in found.stderr:
+        pytest.skip(found.stderr)
+    total, _, first = found.stdout.partition("in all")
+    assert 10 < float(total) < 1000, found.stderr
+    assert "rows_forward" in first
+    assert "as they lie" in first
 
 
 @needs_library
