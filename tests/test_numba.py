@@ -251,3 +251,11 @@ def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
     plan_again()
     for a, b in zip(plain, streamed, strict=True):
         assert np.array_equal(a, b)
+
+
+def test_cache_key_knows_every_kernels_file():
+    from fastnorm.backends.numba_jit import KERNELS, sources
+
+    known = {file.stem for file in sources()}
+    assert {kernel.serial.py_func.__module__.rpartition(".")[2] for kernel in KERNELS} <= known
+    assert "numba_cpu" not in known

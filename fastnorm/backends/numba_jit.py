@@ -42,12 +42,15 @@ allocating = njit(**INNER, **OPTIONS)
 KERNELS = []
 
 
-def _digest():
-    """Of the sources that kernels are compiled from."""
+def sources():
+    """The files that kernels are compiled from: all but those that only launch them."""
     folder = Path(__file__).parent
-    called = {folder / f"numba_{name}.py" for name in ("cpu", "cuda", "masks")}
-    files = [*sorted(set(folder.glob("numba_*.py")) - called), Path(scalar.__file__)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    launching = {folder / f"numba_{name}.py" for name in ("cpu", "cuda", "masks")}
+    return [*sorted(set(folder.glob("numba_*.py")) - launching), Path(scalar.__file__)]
+
+
+def _digest():
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources())).hexdigest()[:12]
 
 
 _DIGEST = _digest()
