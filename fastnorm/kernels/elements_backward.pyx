@@ -256,7 +256,7 @@ cdef void backward_part(void* context, int64_t index) noexcept nogil:
             leave_row_back(t, b * size + g * t.k)
             b += 1
             continue
-        ahead = group * size if t.stream and b + rows < end else 0
+        ahead = group * size if t.beyond and b + rows < end else 0
         done = 0
         while done < rows:
             count = minimum(few, rows - done)

@@ -241,6 +241,7 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
                    task->y != task->terms[0] && task->y != task->terms[1] &&
                    traffic > (size_t)fn_last_level_bytes() / 2;
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
+    task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;
     task->ahead = task->stream && bytes * (arrays - 1) <= (size_t)fn_last_level_bytes()
                       ? AHEAD / (int)size : 0;
     task->parallel_for = options->parallel_for;

@@ -30,7 +30,7 @@ cdef inline work sample(const plan* p, int64_t set_, bint masked) noexcept nogil
         return 0
     if masked:
         return sample_valid(p.task, set_, at, p.stride)
-    return spread_sample(<const stored*> p.task.x + at, p.task.o, p.stride, p.n)
+    return sample_runs(<const stored*> p.task.x + at, p.task.o, p.stride, p.n)
 
 
 cdef inline void sum_tile(const plan* p, int64_t set_, work about, int64_t tile, double* sums,
@@ -57,10 +57,22 @@ cdef void sum_exact(const plan* p, int64_t set_, double about, double* sums) noe
 
 cdef void exact_statistics(const plan* p, int64_t set_, work about, double* mean,
                            double* var) noexcept nogil:
-    """The mean, then the variance about it, in double: two more reads of the set."""
+    """Where the sums about `about`, which gave this mean, lose too many digits. What lies far from
+    the sample, as most of an image may from its first pixels, is summed about that mean; else
+    come the mean, then the variance about it, in double: two more reads of the set."""
     cdef const fn_task* t = p.task
     cdef double count = values_of(t, set_ // t.g)
     cdef double sums[2]
+    cdef work near = on_grid(<work> mean[0])
+    cdef int64_t tile
+    if t.has_mean and near != about:
+        sums[0] = sums[1] = 0
+        for tile in range(p.tiles):
+            sum_tile(p, set_, near, tile, sums, t.mask != NULL)
+        if not cancels(sums[0], sums[1], count):
+            mean[0] = <double> near + sums[0] / count
+            var[0] = (sums[1] - sums[0] * sums[0] / count) / count
+            return
     mean[0] = 0
     if t.has_mean:
         sum_exact(p, set_, about, sums)
@@ -81,13 +93,12 @@ cdef inline void finish_set(const plan* p, int64_t set_, work about, const doubl
     if masked:
         count = values_of(t, set_ // t.g)
         inverse = 1.0 / count if count > 0 else 0
+    mean[0] = about + s * inverse
+    var = (sums[1] - s * s * inverse) * inverse
     if masked and count == 0:
         mean[0] = var = 0
     elif cancels(s, sums[1], count):
         exact_statistics(p, set_, about, mean, &var)
-    else:
-        mean[0] = about + s * inverse
-        var = (sums[1] - s * s * inverse) * inverse
     rstd[0] = 1.0 / sqrt(var + t.eps)
     if masked and count == 0:
         rstd[0] = 0
@@ -315,7 +326,7 @@ cdef inline void find_rows(const plan* p, stored* kept, found* f) noexcept nogil
             add_terms(t, (f.first + r) * p.n, p.n, NULL if kept == NULL else kept + r * p.n)
         x = f.x + r * p.n
         if t.has_mean:
-            about[r] = spread_sample(x, 1, 0, p.n)
+            about[r] = sample_runs(x, 1, 0, p.n)
         if brief and t.has_mean:
             sum_short(x, NULL, NULL, p.n, about[r], &folded_s[r], &folded_q[r])
         elif brief:
@@ -380,7 +391,7 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
     values took 1.0 to 1.2 times as long.)"""
     cdef const fn_task* t = p.task
     cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), ahead = 0
-    cdef int64_t group = minimum(2 if t.stream else 4,
+    cdef int64_t group = minimum(2 if t.stream or (t.beyond and t.i == 1) else 4,
                                  t.l2 // 4 // (p.n * <int64_t> sizeof(stored)))
     cdef bint keeping = keeps_sums(p)
     cdef stored kept[KEPT]
@@ -403,7 +414,7 @@ cdef inline void normalize_few(const plan* p, int64_t index, bint masked) noexce
         # The next block's too, but for sets of several channels (1.0 to 1.3 times as long); and not
         # long rows whose sums are simple, which the processor foresees (1.05 to 1.3).
         ahead = 0
-        if (t.stream and set_ < (end if t.k > 1 and t.i > 1 else p.sets)
+        if ((t.stream or (t.beyond and t.i == 1)) and set_ < (end if t.k > 1 and t.i > 1 else p.sets)
                 and t.terms[0] == NULL and (t.has_mean or p.n < ELEMENTS)):
             ahead = group * p.n
         map_found(p, &now, ahead, &ends)

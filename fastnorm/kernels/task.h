@@ -15,6 +15,7 @@ typedef struct fn_task {
     int fused;             /* a forward maps by map_fused: an activation, a residual or a mask */
     int stream;            /* outputs pass the caches by */
     int far;               /* what sums read comes from the last level or memory */
+    int beyond;            /* all arrays are more than the threads' second-level caches hold */
     int ahead;             /* values that maps ask for meanwhile lie so far ahead, or 0 */
     const void *x;
     const void *dy; /* NULL in a forward */

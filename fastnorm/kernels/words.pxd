@@ -53,7 +53,7 @@ cdef extern from "words.h" nogil:
 
     ctypedef struct fn_task:
         int64_t b, o, g, k, i, s
-        int has_mean, scaled, given, fused, stream, far, ahead
+        int has_mean, scaled, given, fused, stream, far, beyond, ahead
         const void* x
         const void* dy
         void* y
@@ -127,6 +127,7 @@ cdef enum:
     LANES = 32  # FN_LANES
     FLUSH = 64
     SAMPLES = 8
+    CLOSE = 8192  # values of a set whose samples are the first ones
     CHUNK = 4  # vectors of columns summed in registers
     PAIR = 2  # vectors that are stored together
     BATCH = 4  # vectors loaded before the ones in front of them are stored
@@ -268,15 +269,18 @@ cdef inline bint cancels(double s, double q, double count) noexcept nogil:
     return 1 - ((q < INFINITY) & (q > FN_TINY * count) & (s * s <= 0.75 * q * count))
 
 
-cdef inline work spread_sample(
+cdef inline work sample_runs(
     const stored* x, int64_t runs, int64_t stride, int64_t n
 ) noexcept nogil:
-    """A value near the mean: the average of SAMPLES values spread over the runs, exactly the
-    constant for a constant input."""
+    """A value near the mean: the average of SAMPLES values, exactly the constant for a constant
+    input. They are the first ones, since to touch a line here and there costs more than the line
+    (1.15 to 1.35 times as long for runs of 768 to 4096 in the last-level cache); or, where the set
+    is so large that it costs nothing, spread over it."""
+    cdef bint close = n >= SAMPLES and runs * n <= CLOSE
     cdef work first = widen(x[0]), total = 0
     cdef uint64_t j  # a division of what may be negative takes four instructions more
     for j in range(1, SAMPLES):
-        total += widen(x[j * runs // SAMPLES * stride + j * n // SAMPLES]) - first
+        total += widen(x[j if close else j * runs // SAMPLES * stride + j * n // SAMPLES]) - first
     first += total * <work> (1.0 / SAMPLES)
     # Neither inf nor NaN is smaller.
     return on_grid(first) if fabs(<double> first) < 1e37 else <work> 0
