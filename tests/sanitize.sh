@@ -9,7 +9,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-    address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" openmp=1 ;;
+    # What null and object-size would find, AddressSanitizer finds at the access; its checks as calls.
+    # That compiles in a third of the time.
+    address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined
+                    -fno-sanitize=null,object-size --param asan-instrumentation-with-call-threshold=0"
+             openmp=1 ;;
     thread) flags="-fsanitize=thread" openmp=0 ;;
     valgrind) flags="" openmp=0 ;;
     *) sed -n '2,7s/^# \?//p' "$0"; exit 2 ;;

@@ -230,6 +230,19 @@ def test_instructions_are_counted():
 
 
 @needs_library
+@pytest.mark.parametrize("only", ["layer NCHW 32x768", "group backward NHWC 2x96", "rms 64x768",
+                                  "layer backward 64x768", "batch backward NCHW 16x100"])
+def test_the_least_kernel_is_right(only):
+    script, cpuinfo = ROOT / "benchmarks" / "least.py", Path("/proc/cpuinfo")
+    if not (script.exists() and shutil.which("cc") and cpuinfo.exists()
+            and "avx512dq" in cpuinfo.read_text()):
+        pytest.skip("no source, no compiler, or no AVX-512")
+    found = run(sys.executable, script, "--only", only, "--seconds", 0.01)
+    assert f"{only}" in found.stdout, found.stdout + found.stderr
+    assert "of the least" in found.stdout
+
+
+@needs_library
 def test_bench(tmp_path, capsys):
     """The table, the JSON and the plot of one cell; a wrong contender is seen."""
     import json
