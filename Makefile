@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu cost warmup
+.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 
@@ -34,6 +34,9 @@ bench-gpu:  ## measure the CUDA backend beside PyTorch, on a machine with a GPU
 
 test-cuda:  ## compile and assemble every CUDA kernel; installs the toolkit, needs no GPU
 	$(PYTHON) -m pip install ".[test,cuda-test]" && $(PYTHON) -m pytest tests/test_cuda.py
+
+least:  ## measure the kernels beside the least that could be written, for docs/cost-model.md
+	$(PYTHON) benchmarks/least.py
 
 cost:  ## measure how a call grows with its sizes, for docs/cost-model.md
 	$(PYTHON) benchmarks/cost_model.py docs/cost-model.png

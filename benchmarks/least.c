@@ -23,6 +23,7 @@ typedef struct {
     float *mean, *rstd;
     float *dweight, *dbias;
     int backward, has_mean, stream, threads;
+    int together; /* rows: ROWS or 1, whichever is faster */
 } task;
 
 INLINE __mmask16 below(int64_t n) { return n >= W ? ALL : (__mmask16)((1 << n) - 1); }
@@ -226,10 +227,27 @@ INLINE void rows_forward(const task *t, int64_t row, int rows, const int has_mea
 #define SUM(p, m)                               \
     for (int r = 0; r < rows; r++) {            \
         const vec a = load(x + r * n + p, m);   \
-        if (has_mean) s[r] += a;             \
+        if (has_mean) s[r] += a;                \
         q[r] = fma_(a, a, q[r]);                \
     }
-    EACH_VECTOR(n, SUM);
+    if (rows == 1) { /* in four parts, so that no sum waits for another */
+        int64_t p = 0;
+        for (; p + ROWS * W <= n; p += ROWS * W)
+            for (int v = 0; v < ROWS; v++) {
+                const vec a = load(x + p + v * W, ALL);
+                if (has_mean) s[v] += a;
+                q[v] = fma_(a, a, q[v]);
+            }
+        for (; p < n; p += W) {
+            const vec a = load(x + p, below(n - p));
+            if (has_mean) s[0] += a;
+            q[0] = fma_(a, a, q[0]);
+        }
+        s[0] = (s[0] + s[1]) + (s[2] + s[3]);
+        q[0] = (q[0] + q[1]) + (q[2] + q[3]);
+    } else {
+        EACH_VECTOR(n, SUM);
+    }
 #undef SUM
     const __m128 mean = has_mean ? (__m128)(fold_four(s) / count) : _mm_setzero_ps();
     const __m128 rstd = _mm_set1_ps(1) /
@@ -322,13 +340,15 @@ static void rows(const task *t)
         float *sums = calloc((size_t)(2 * t->k), sizeof *sums);
 #pragma omp for schedule(static)
         for (int64_t four = 0; four < (t->b + ROWS - 1) / ROWS; four++) {
-            const int64_t row = four * ROWS;
-            if (row + ROWS <= t->b && t->has_mean)
+            const int64_t row = four * ROWS, stop = least_of(t->b, row + ROWS);
+            if (t->together == ROWS && stop == row + ROWS && t->has_mean)
                 some_rows(t, row, ROWS, sums, 1);
-            else if (row + ROWS <= t->b)
+            else if (t->together == ROWS && stop == row + ROWS)
                 some_rows(t, row, ROWS, sums, 0);
+            else if (t->has_mean)
+                for (int64_t r = row; r < stop; r++) some_rows(t, r, 1, sums, 1);
             else
-                for (int64_t r = row; r < t->b; r++) some_rows(t, r, 1, sums, t->has_mean);
+                for (int64_t r = row; r < stop; r++) some_rows(t, r, 1, sums, 0);
         }
         if (t->backward) {
 #pragma omp critical

@@ -1,4 +1,4 @@
-"""How near the kernels are to the least that could be written: each cell of the benchmark beside the
+"""How near the kernels are to the least that could be written: cells of the benchmark beside the
 floor, two passes, and least.c, plain loops with nothing of what makes a kernel fit for use.
 
     python benchmarks/least.py --json benchmarks/results/epyc-zen4-2-threads-least.json
@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import subprocess
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ LEAST = "least kernel"
 FLAGS = "-Ofast -march=native -mprefer-vector-width=512 -fopenmp -shared -fPIC"
 
 Task = structure("Task", "q:b q:o q:g q:k q:i q:s p:x p:dy p:y p:weight p:bias p:mean p:rstd "
-                 "p:dweight p:dbias i:backward i:has_mean i:stream i:threads")
+                 "p:dweight p:dbias i:backward i:has_mean i:stream i:threads i:together")
 
 
 def build(folder):
@@ -45,14 +46,14 @@ def statistics(x, at, has_mean):
     return tuple(np.ascontiguousarray(a, np.float32) for a in (mean, rstd))
 
 
-def least_call(least, problem, stream):
+def least_call(least, problem, stream, together=4):
     """A call that fills problem.out, or None where least.c has none."""
     p, at = problem, view(problem.cell)
     mean, rstd = statistics(p.x, at, p.cell.op != "rms")
     gradients = [np.zeros_like(p.weight) for _ in range(2)]
     arrays = (p.x, p.dy, p.out, p.weight, p.bias, mean, rstd, *gradients)
     task = Task(*at, *(a.ctypes.data for a in arrays), p.cell.backward, p.cell.op != "rms", stream,
-                p.threads)
+                p.threads, together)
 
     def call(keep=arrays):
         return least(ctypes.byref(task))
@@ -72,12 +73,12 @@ def measured(cell, least, library, threads, seconds):
     problem = contenders.Problem(cell, threads)
     wanted = contenders.native(problem, "reference")().copy()
     calls = {"fastnorm": call_of(library, problem)}
-    for stream in (False, True):
-        call = least_call(least, problem, stream)
+    for stream, together in product((False, True), (1, 4) if problem.rows else (4,)):
+        call = least_call(least, problem, stream, together)
         if call is not None:
             if not right(call, wanted, problem.out):
                 raise SystemExit(f"{cell}: the least kernel is wrong")
-            calls[f"{LEAST} {stream}"] = call
+            calls[f"{LEAST} {stream} {together}"] = call
     if len(calls) == 1:
         return None
     times = run.measure(run.floors(problem) | calls, seconds)
