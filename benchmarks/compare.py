@@ -81,7 +81,7 @@ def call_of(library, problem):
     function, args = library.fastnorm_forward, forward
     if cell.backward:
         run(function, shape, args, options)
-        gradients = [np.empty_like(p.weight) for _ in range(2)]
+        gradients = [np.empty_like(p.weight), None if bias is None else np.empty_like(p.bias)]
         function, args = library.fastnorm_backward, Backward(
             ctypes.sizeof(Backward), dtype, 0, flags, activation, 0, pointer(p.dy), pointer(p.x),
             pointer(weight), pointer(stats[0]), pointer(stats[2]), pointer(p.out),
