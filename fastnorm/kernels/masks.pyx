@@ -89,8 +89,8 @@ cdef public void map_valid(const fn_task* t, int64_t at, int64_t n,
 
 cdef public work sample_valid(const fn_task* t, int64_t set_, int64_t at,
                               int64_t stride) noexcept nogil:
-    """sample_runs, spread, of the values that count of a set of the rows order, whose runs start at `at`
-    and `stride` apart; 0 where there are none."""
+    """sample_runs, spread, of the values that count of a set of the rows order, whose runs start at
+    `at` and `stride` apart; 0 where there are none."""
     cdef const stored* x = <const stored*> t.x + at
     cdef const uint8_t* mask = t.mask + set_ // t.g * t.o * t.i
     cdef int64_t first = 0, row, place
