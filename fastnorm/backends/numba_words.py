@@ -156,26 +156,23 @@ def sample(x, start, stride, runs, n):
     return on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 
-@called
-def sums_about(x, start, stride, runs, n, about):
-    s = 0.0
-    q = 0.0
-    for r in range(runs):
-        sums = run_sums(x[start + r * stride : start + r * stride + n], about)
-        s += sums[0]
-        q += sums[1]
-    return s, q
+def _of_set(sums_of_run):
+    """A function of the sums over all runs of a set, which is seldom called."""
+
+    @called
+    def sums(x, start, stride, runs, n, about):
+        s = 0.0
+        q = 0.0
+        for r in range(runs):
+            of_run = sums_of_run(x[start + r * stride : start + r * stride + n], about)
+            s += of_run[0]
+            q += of_run[1]
+        return s, q
+
+    return sums
 
 
-@called
-def exact_sums(x, start, stride, runs, n, about):
-    s = 0.0
-    q = 0.0
-    for r in range(runs):
-        sums = run_sums_exact(x[start + r * stride : start + r * stride + n], about)
-        s += sums[0]
-        q += sums[1]
-    return s, q
+set_sums, set_sums_exact = _of_set(run_sums), _of_set(run_sums_exact)
 
 
 @inlined
@@ -192,11 +189,11 @@ def statistics(x, start, stride, runs, n, about, s, q, has_mean):
         found = float64(about) + s / count
         near = on_grid(x, found if abs(found) < 1e37 else 0.0)
         if near != about:
-            s, q = sums_about(x, start, stride, runs, n, near)
+            s, q = set_sums(x, start, stride, runs, n, near)
             if not cancels(s, q, count):
                 return moments(s, q, float64(near), count)
-        mean = float64(about) + exact_sums(x, start, stride, runs, n, float64(about))[0] / count
-    s, q = exact_sums(x, start, stride, runs, n, mean)
+        mean = float64(about) + set_sums_exact(x, start, stride, runs, n, float64(about))[0] / count
+    s, q = set_sums_exact(x, start, stride, runs, n, mean)
     if not has_mean:
         return 0.0, q / count
     return moments(s, q, mean, count)

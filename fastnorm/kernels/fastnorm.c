@@ -228,7 +228,8 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
  * times as long streamed at 0.75, 0.7 to 1.5 at 0.5, 0.8 to 2.1 at 0.25.
  *
  * Sums down columns ask for the next rows only where the inputs are more than a quarter of it: below,
- * that costs more than it brings (0.94 to 1.0 of the time without, above it 1.0 to 1.4). */
+ * that costs more than it brings (0.94 to 1.0 of the time without, above it 1.0 to 1.4). Rows with a
+ * weight for each place ask for the next ones from where the second-level caches no longer hold all. */
 static void choose_threads_and_stores(fn_task *task, const fastnorm_options *options, size_t size)
 {
     size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i * task->s) * size;
