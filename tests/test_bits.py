@@ -150,7 +150,9 @@ def test_lines_that_are_shared_are_whole():
             cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True, timeout=300,
         ).stdout.split()
         for environment in (
-            {}, *({"FASTNORM_ISA": name, "FASTNORM_LAST_LEVEL_BYTES": "1"} for name in levels)
+            {}, *({"FASTNORM_ISA": name, "FASTNORM_LAST_LEVEL_BYTES": "1"} for name in levels),
+            # Caches that a part of y has room in beside x, of one array or another.
+            *({"FASTNORM_LAST_LEVEL_BYTES": str(1 << power)} for power in range(15, 19)),
         )
     )
     assert len(plain) == 1

@@ -264,13 +264,13 @@ cdef inline void map_columns(
 
 cdef inline void map_rows(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const coefficients* c, bint streaming, int64_t ahead
+    const coefficients* c, int stream, int64_t ahead
 ) noexcept nogil:
     """y = ((x - hi)*scale + shift)*weight + bias, or where dy is not NULL,
     y = (x - hi)*scale + shift + dy*(dscale*weight); hi, scale, shift and dscale of a column, weight
     and bias of a row. Rows are streamed where each starts at a line."""
     cdef int64_t at = 0
-    cdef bint lines = (streaming and until_aligned(y) == 0
+    cdef bint lines = (streams(stream, y) and until_aligned(y) == 0
                        and stride * <int64_t> sizeof(stored) % 64 == 0)
     while at + CHUNK * WIDTH <= n:
         map_columns(x, dy, y, rows, stride, at, CHUNK * WIDTH, c, lines, ahead, CHUNK)
@@ -314,7 +314,7 @@ cdef inline void map_unit(const plan* p, int64_t at, int64_t n, const coefficien
     while row < t.k:
         count = minimum(step, t.k - row)
         map_rows(x, dy, &j.kept[j.n] if joining else y, count, t.s, n, &c,
-                 t.stream and t.mask == NULL and not joining, ahead)
+                 0 if joining or t.mask != NULL else t.stream, ahead)
         row += count
         if joining:
             stream_joint(&j, count * n, row == t.k)

@@ -186,12 +186,12 @@ cdef inline void map_down(
 
 
 cdef inline void map_some(const plan* p, int64_t b, int64_t at, int64_t rows, int64_t c, int64_t n,
-                          bint streaming, int64_t ahead, edge* ends) noexcept nogil:
+                          int stream, int64_t ahead, edge* ends) noexcept nogil:
     """Columns [c, c + n) of rows, the first of which starts at `at`."""
     cdef const fn_task* t = p.task
     cdef coefficients m = map_from(p, b, c)
     map_rows_of_places(<const stored*> t.x + at + c, past(<const stored*> t.dy, at + c),
-                       <stored*> t.y + at + c, rows, p.width, n, &m, streaming, ahead, ends)
+                       <stored*> t.y + at + c, rows, p.width, n, &m, stream, ahead, ends)
 
 
 cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t rows,
@@ -201,7 +201,7 @@ cdef inline void map_rows_down(const plan* p, int64_t b, int64_t at, int64_t row
     much."""
     cdef const fn_task* t = p.task
     cdef stored* y = <stored*> t.y
-    cdef bint streaming = t.stream and until_aligned(y + at) >= 0
+    cdef bint streaming = streams(t.stream, y + at) and until_aligned(y + at) >= 0
     cdef int64_t first = until_aligned(y + at) if streaming else 0, last = at + rows * p.width, j
     cdef const stored* dy = past(<const stored*> t.dy, at + first)
     cdef coefficients m = map_from(p, b, 0)
@@ -227,15 +227,21 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, in
                          int64_t c1) noexcept nogil:
     """The columns [c0, c1) of some rows, all of which count."""
     cdef const fn_task* t = p.task
-    cdef int64_t start = b * t.o * p.channels + row * p.width, n, c = c0
+    cdef int64_t start = b * t.o * p.channels + row * p.width, n, c = c0, rows = stop - row
     cdef edge ends
+    if p.width == 3 * WIDTH or p.width == 4 * WIDTH:
+        if 0 < t.stream < STREAM_ALL:  # as many as are streamed or not together
+            rows = PATCH // (p.width * <int64_t> sizeof(stored))
+        while row < stop:
+            n = minimum(rows, stop - row)
+            if p.width == 4 * WIDTH:
+                map_rows_down(p, b, start, n, 4)
+            else:
+                map_rows_down(p, b, start, n, 3)
+            row += n
+            start += n * p.width
+        return
     open_edge(&ends)
-    if p.width == 4 * WIDTH:
-        map_rows_down(p, b, start, stop - row, 4)
-        return
-    if p.width == 3 * WIDTH:
-        map_rows_down(p, b, start, stop - row, 3)
-        return
     while c < c1:
         n = minimum(STRIP, c1 - c)
         map_some(p, b, start, stop - row, c, n, t.stream, t.ahead, &ends)

@@ -94,11 +94,11 @@ cdef inline void sum_rows(
 
 cdef inline void map_each(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const coefficients* c, bint streaming, int64_t ahead, edge* ends
+    const coefficients* c, int stream, int64_t ahead, edge* ends
 ) noexcept nogil:
     cdef int64_t _row
     for _row in range(rows):
-        map_places(x, dy, y, n, c, streaming, ahead, ends)
+        map_places(x, dy, y, n, c, stream, ahead, ends)
         x += stride
         dy = past(dy, stride)
         y += stride
@@ -106,22 +106,22 @@ cdef inline void map_each(
 
 cdef inline void map_rows_of_places(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const coefficients* c, bint streaming, int64_t ahead, edge* ends
+    const coefficients* c, int stream, int64_t ahead, edge* ends
 ) noexcept nogil:
     """map_places of rows with coefficients for each place, but neither weight nor bias. (A loop
     that may ask ahead takes 1.02 times as long where it does not.)"""
     cdef coefficients own = affine_map(OF_PLACES, c.hi, c.scale, c.shift)
     if dy == NULL and ahead:
-        map_each(x, NULL, y, rows, stride, n, &own, streaming, ahead, ends)
+        map_each(x, NULL, y, rows, stride, n, &own, stream, ahead, ends)
         return
     if dy == NULL:
-        map_each(x, NULL, y, rows, stride, n, &own, streaming, 0, ends)
+        map_each(x, NULL, y, rows, stride, n, &own, stream, 0, ends)
         return
     own.dscale = c.dscale
     if c.gate_scale != NULL:
         own.gate_scale, own.gate_shift = c.gate_scale, c.gate_shift
-        map_each(x, dy, y, rows, stride, n, &own, streaming, 0, ends)
+        map_each(x, dy, y, rows, stride, n, &own, stream, 0, ends)
     elif ahead:
-        map_each(x, dy, y, rows, stride, n, &own, streaming, ahead, ends)
+        map_each(x, dy, y, rows, stride, n, &own, stream, ahead, ends)
     else:
-        map_each(x, dy, y, rows, stride, n, &own, streaming, 0, ends)
+        map_each(x, dy, y, rows, stride, n, &own, stream, 0, ends)

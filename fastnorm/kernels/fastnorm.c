@@ -220,12 +220,25 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
     task->counts = counts;
 }
 
-/* The one place that decides between serial and parallel, plain and streaming stores.
+/* Of FN_STREAM_ALL runs of y, how many are streamed past the caches.
  *
- * Outputs are streamed before all arrays fill the last-level cache, which does not keep the oldest
- * lines alone and may have other tenants: at 0.8 of it plain stores took 1.3 to 1.8 times as long,
- * at 0.6 from 0.9 to 1.7, at 0.4 from 0.4 to 1.2. A call and the one that reads its y took 0.7 to 1.1
- * times as long streamed at 0.75, 0.7 to 1.5 at 0.5, 0.8 to 2.1 at 0.25.
+ * None while all arrays fill half of the last-level cache, which does not keep the oldest lines alone
+ * and may have other tenants: at 0.8 of it plain stores took 1.3 to 1.8 times as long, at 0.6 from
+ * 0.9 to 1.7, at 0.4 from 0.4 to 1.2. A call and the one that reads its y took 0.7 to 1.1 times as
+ * long streamed at 0.75, 0.7 to 1.5 at 0.5, 0.8 to 2.1 at 0.25.
+ *
+ * Beyond, a forward streams what that half has no room for beside its inputs, a few runs of y between
+ * others, so that memory is written while those are mapped: 0.8 to 1.0 of the time of streaming all.
+ * (A backward took 0.93 to 1.13 times as long so, Numba's kernels 0.85 to 1.25.) */
+static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
+{
+    const size_t half = (size_t)fn_last_level_bytes() / 2, others = traffic - written;
+    if (traffic <= half) return 0;
+    if (task->dy || others >= half) return FN_STREAM_ALL;
+    return FN_STREAM_ALL - (int)(FN_STREAM_ALL * (half - others) / written);
+}
+
+/* The one place that decides between serial and parallel, plain and streaming stores.
  *
  * Sums down columns ask for the next rows only where the inputs are more than a quarter of it: below,
  * that costs more than it brings (0.94 to 1.0 of the time without, above it 1.0 to 1.4). Rows with a
@@ -236,12 +249,11 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     size_t arrays = (task->dy ? 3 : 2) + (task->residual ? 1 : 0) + (task->terms[0] ? 2 : 0) +
                     (task->dsum ? 1 : 0) + (task->upstream && task->dy != task->y ? 1 : 0);
     size_t traffic = bytes * arrays;
+    int apart = task->y != task->x && task->y != task->dy && task->y != task->residual &&
+                task->y != task->dsum && task->y != task->terms[0] && task->y != task->terms[1];
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
-    task->stream = HAS_STREAMING_STORES && task->y != task->x && task->y != task->dy &&
-                   task->y != task->residual && task->y != task->dsum &&
-                   task->y != task->terms[0] && task->y != task->terms[1] &&
-                   traffic > (size_t)fn_last_level_bytes() / 2;
+    task->stream = HAS_STREAMING_STORES && apart ? runs_to_stream(task, traffic, bytes) : 0;
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
     task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;
     task->ahead = task->stream && bytes * (arrays - 1) <= (size_t)fn_last_level_bytes()

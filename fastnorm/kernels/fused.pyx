@@ -16,7 +16,7 @@ from fastnorm.kernels.words cimport (
     ALL_VALID, BATCH, NONE_VALID, OF_ALL, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, affine_map,
     blank_gaps, coefficients, edge, fetch, fn_task, head, load, load_part, load_work,
     load_work_part, minimum, past, past_weight, place_in_mask, put, put_all, put_ends, splat, store,
-    store_part, stored, stretch, vec, work,
+    store_part, stored, streams, stretch, vec, work,
 )
 
 
@@ -108,7 +108,7 @@ cdef int64_t map_end_of_fused(const fn_task* t, int64_t at, int64_t p, int64_t s
 
 cdef inline void map_with(
     const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride,
-    const coefficients* first, bint residual, int kind, bint backward, bint stream, edge* ends
+    const coefficients* first, bint residual, int kind, bint backward, int stream, edge* ends
 ) noexcept nogil:
     cdef bint simple = kind == FASTNORM_RELU or kind == FASTNORM_NO_ACTIVATION, streaming
     cdef int64_t p, lead, ahead = t.ahead if simple else 0, _r
@@ -117,7 +117,7 @@ cdef inline void map_with(
     cdef coefficients own  # c stays in registers
     cdef int v
     for _r in range(rows):
-        streaming = stream
+        streaming = streams(stream, <const stored*> t.y + at)
         lead = head(<const stored*> t.y + at, n, &streaming)
         p = 0
         if lead > 0:
@@ -143,7 +143,7 @@ cdef inline void map_with(
 
 cdef void map_all(
     const fn_task* t, int64_t at, int64_t n, int64_t rows, int64_t stride, const coefficients* c,
-    bint stream, edge* ends
+    int stream, edge* ends
 ) noexcept nogil:
     """What takes no longer than memory has loops of its own, and so has SiLU alone, where they take
     0.85 of the time."""
@@ -173,7 +173,7 @@ cdef public void map_fused(const fn_task* t, int64_t at, int64_t n, int64_t rows
     """map_places with residual, activation and mask, of the n values from `at` on, and of as many
     in each of the rows that start `stride` further; in a backward, the gradient of these values
     taken back through the activation."""
-    cdef bint stream = t.stream and t.upstream == NULL
+    cdef int stream = t.stream if t.upstream == NULL else 0
     cdef stored* y = <stored*> t.y if t.upstream == NULL else <stored*> t.dy
     cdef int64_t p, count, first, row
     cdef coefficients part
@@ -192,7 +192,7 @@ cdef public void map_fused(const fn_task* t, int64_t at, int64_t n, int64_t rows
                 part = affine_map(OF_PLACES if c.which == OF_PLACES else OF_ALL, c.hi + first,
                                   c.scale + first, c.shift + first)
                 part.weight, part.bias = past_weight(c.weight, p), past_weight(c.bias, p)
-                map_all(t, at + p, count, 1, 0, &part, stream and valid == ALL_VALID, NULL)
+                map_all(t, at + p, count, 1, 0, &part, stream if valid == ALL_VALID else 0, NULL)
                 if valid == SOME_VALID:
                     blank_gaps(t, y + at + p, at + p, count)
             p += count

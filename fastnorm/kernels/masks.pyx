@@ -80,7 +80,7 @@ cdef public void map_valid(const fn_task* t, int64_t at, int64_t n,
             memset(y + at, 0, count * sizeof(stored))
         else:
             map_places(<const stored*> t.x + at, <const stored*> t.dy + at, y + at, count, &own,
-                       t.stream and valid == ALL_VALID, 0, NULL)
+                       t.stream if valid == ALL_VALID else 0, 0, NULL)
         if valid == SOME_VALID:
             blank_gaps(t, y + at, at, count)
         at += count

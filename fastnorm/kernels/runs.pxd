@@ -301,7 +301,7 @@ cdef inline int64_t map_vectors(
 
 cdef inline void map_places(
     const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* of_run,
-    bint streaming, int64_t ahead, edge* ends
+    int stream, int64_t ahead, edge* ends
 ) noexcept nogil:
     """n values of y. With `ahead`, the values so far ahead are asked for meanwhile: they are the
     next to be summed, and memory would otherwise only be written here. `ends` joins the ends of
@@ -311,6 +311,7 @@ cdef inline void map_places(
     cdef coefficients c = of_run[0]  # in registers: y may lie anywhere
     cdef coefficients own
     cdef vec one[6]
+    cdef bint streaming = streams(stream, y)
     cdef int64_t p = 0, lead = head(y, n, &streaming), stop
     load_one(one, &c, dy != NULL)
     if streaming:

@@ -7,13 +7,15 @@
 
 #include "fastnorm.h"
 
+enum { FN_STREAM_ALL = 16 };
+
 typedef struct fn_task {
     int64_t b, o, g, k, i, s; /* the geometry of fastnorm.h; s at least 1 */
     int has_mean;          /* 0: the mean is taken as 0 */
     int scaled;            /* no mean and no bias, in a backward no dbias: y = x*rstd*weight */
     int given;             /* statistics are constants: read mean and var, or mean and rstd */
     int fused;             /* a forward maps by map_fused: an activation, a residual or a mask */
-    int stream;            /* outputs pass the caches by */
+    int stream;            /* of FN_STREAM_ALL runs of y, so many pass the caches by */
     int far;               /* what sums read comes from the last level or memory */
     int beyond;            /* all arrays are more than the threads' second-level caches hold */
     int ahead;             /* values that maps ask for meanwhile lie so far ahead, or 0 */

@@ -4,7 +4,7 @@ A vec is one register of the working type. The loops are in runs.pxd and down.px
 """
 
 from libc.math cimport INFINITY, fabs, sqrt
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memchr, memcpy, memset
 
 
@@ -14,6 +14,7 @@ cdef extern from "words.h" nogil:
         VECTORS  # in LANES values
         NARROWED  # vectors that a store rounds at once
         ROWS "FN_ROWS"  # sets whose statistics are found together
+        STREAM_ALL "FN_STREAM_ALL"
         NONE_VALID, SOME_VALID, ALL_VALID
     ctypedef float stored
     ctypedef float work
@@ -136,6 +137,7 @@ cdef enum:
     MOST_WIDTH = 16  # of a vec
     SHORTEST = 800  # bytes of a run that is streamed though its ends are not whole lines
     STRETCH = 1024  # values of a run whose mask is looked at together
+    PATCH = 1 << 14  # bytes of memory: the runs that start there are streamed, or none of them is
 
 
 cdef inline int64_t minimum(int64_t a, int64_t b) noexcept nogil:
@@ -234,6 +236,14 @@ cdef inline void put_all(stored* y, const vec* v, bint streaming, int vectors) n
             store_two(y + at * WIDTH, v[at], v[at + 1])
     if vectors % 2:
         put(y + (vectors - 1) * WIDTH, v[vectors - 1], streaming)
+
+
+cdef inline bint streams(int stream, const stored* y) noexcept nogil:
+    """Whether a run that starts at y is streamed, where `stream` of STREAM_ALL runs are: by its
+    place in memory, so that the same ones stay in the caches in every call."""
+    # Fibonacci hashing: as many of those that any power of two lies between.
+    cdef uint32_t spread = <uint32_t> (<uintptr_t> y // PATCH) * <uint32_t> 2654435769
+    return stream == STREAM_ALL or <int64_t> spread * STREAM_ALL >> 32 < stream
 
 
 cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
