@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least cost warmup
+.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least tables cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 
@@ -37,6 +37,9 @@ test-cuda:  ## compile and assemble every CUDA kernel; installs the toolkit, nee
 
 least:  ## measure the kernels beside the least that could be written, for docs/cost-model.md
 	$(PYTHON) benchmarks/least.py
+
+tables:  ## write the tables of README.md and docs/cost-model.md from benchmarks/results
+	$(PYTHON) benchmarks/tables.py
 
 cost:  ## measure how a call grows with its sizes, for docs/cost-model.md
 	$(PYTHON) benchmarks/cost_model.py docs/cost-model.png

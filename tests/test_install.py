@@ -242,6 +242,14 @@ def test_the_least_kernel_is_right(only):
     assert "of the least" in found.stdout
 
 
+def test_the_documents_tables_are_those_of_the_measurements():
+    script = ROOT / "benchmarks" / "tables.py"
+    if not script.exists():
+        pytest.skip("no source here")
+    found = run(sys.executable, script, "--check", check=False)
+    assert found.returncode == 0, found.stderr
+
+
 @needs_library
 def test_bench(tmp_path, capsys):
     """The table, the JSON and the plot of one cell; a wrong contender is seen."""
