@@ -126,7 +126,7 @@ def forward_across(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
             sample_sets(x, start, s, k, hi, sums[0])
         for r in range(0, k, RUN):
             row = x[start + r * s :]
-            add_rows(row, row, min(RUN, k - r), s, hi, scale, shift, step)
+            add_rows(row, row, (), min(RUN, k - r), s, hi, scale, shift, step)
             flush(scale, sums[0])
             flush(shift, sums[1])
         own = slice(set_, set_ + n)
@@ -152,8 +152,8 @@ def forward_across(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
 
 
 @kernel(BACKWARD, sizes=5, allocates=True)
-def backward_across(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
-                    streaming):
+def backward_across(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
+                    given, streaming):
     """Parts of the strips: dx, and each part's terms of dweight and dbias."""
     b, k, s, places, parts = sizes
     terms_w, terms_b = terms[: parts * k], terms[parts * k :]
@@ -211,7 +211,7 @@ def backward_across(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes,
                     dscale[c] = near[c] * weight[r]
                 place = start + r * s
                 map_product_rows(
-                    x[place:], dy[place:], kept[filled:] if joining else dx[place:], 1, 0, hi,
+                    x[place:], dy[place:], kept[filled:] if joining else dx[place:], (), 1, 0, hi,
                     scale, shift, dscale, 1, streaming and not joining,
                 )
                 filled += s

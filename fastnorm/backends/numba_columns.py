@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import BACKWARD, FORWARD, allocating, called, inlined, kernel
+from fastnorm.backends.numba_gate import bias_at, gate_if
+from fastnorm.backends.numba_jit import FORWARD, GATED, allocating, called, inlined, kernel
 from fastnorm.backends.numba_maps import map_product_rows, map_rows
 from fastnorm.backends.numba_rows import invert_deviations, merge_terms, terms_of_sets
 from fastnorm.backends.numba_simd import at, on_grid, rounded
@@ -77,10 +78,11 @@ def start_columns(x, about, cut, has_mean, first, stop):
 
 
 def _sum_tile(add):
-    """A function of a tile's sums, of which partial[0] and partial[1] are made."""
+    """A function of a tile's sums, of which partial[0] and partial[1] are made; `gates` are the
+    columns' scales, then their shifts, or empty."""
 
     @allocating
-    def sum_tile(x, dy, about, partial, cut, step, tile):
+    def sum_tile(x, dy, bias, gates, about, partial, cut, step, tile):
         _, width, rows, rest, tile_rows = cut
         first, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
         s = np.zeros(width, about.dtype)
@@ -90,12 +92,14 @@ def _sum_tile(add):
             own = slice(c, min(width, c + STRIP))
             for row in range(first, stop, RUN):
                 at, count = row * width + c, min(RUN, stop - row)
-                add(x[at:], dy[at:], count, width, about[own], s[own], q[own], step)
+                gate = gate_if(bias, gates[:width][own], gates[width:][own])
+                add(x[at:], dy[at:], gate, count, width, about[own], s[own], q[own], step)
                 flush(s[own], partial[:width][own])
                 flush(q[own], partial[width:][own])
         if stop == rows and rest > 0:
             at = rows * width
-            add(x[at:], dy[at:], 1, 0, about[:rest], s, q, 1)
+            gate = gate_if(bias, gates[:rest], gates[width:])
+            add(x[at:], dy[at:], gate, 1, 0, about[:rest], s, q, 1)
             flush(s[:rest], partial[:rest])
             flush(q[:rest], partial[width : width + rest])
 
@@ -330,8 +334,8 @@ def forward_slices(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
         start_columns(xs, own[:width], cut, has_mean, 0, width)
         for tile in range(tiles):
             sum_tile(
-                xs, xs, own[:width], sums[tile * 2 * width : (tile + 1) * 2 * width], cut, step,
-                tile,
+                xs, xs, (), own[:0], own[:width],
+                sums[tile * 2 * width : (tile + 1) * 2 * width], cut, step, tile,
             )
         finish_groups(
             xs, own, sums, weight, bias, mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g],
@@ -363,7 +367,8 @@ def forward_tiles(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
                 )
         for tile in prange(tiles):
             sum_tile(
-                x, x, about, partial[tile * 2 * width : (tile + 1) * 2 * width], cut, step, tile
+                x, x, (), about[:0], about, partial[tile * 2 * width : (tile + 1) * 2 * width],
+                cut, step, tile,
             )
     groups = max(1, CHUNK // k)
     if g <= groups:
@@ -434,8 +439,27 @@ def finish_products(weight, coefficients, partial, mean, rstd, terms_w, terms_b,
     copy_columns(dscale, channels, first, stop)
 
 
+@inlined
+def open_gates(bias, weight, gates, coefficients, mean, rstd, sizes, cut):
+    """The gates of the columns of each slice."""
+    b, _, g, k, _ = sizes
+    width, channels = cut[1], g * k
+    for column in range(0, b * width, width):
+        hi = coefficients[4 * column : 4 * column + width]
+        scale = gates[2 * column : 2 * column + width]
+        shift = gates[2 * column + width : 2 * column + 2 * width]
+        for c in range(channels):
+            set_ = column // width * g + c // k
+            scale[c], shift[c] = forward_terms(
+                mean[set_], float64(hi[c]), rstd[set_], float64(weight[c]),
+                bias_at(bias, c),
+            )
+        copy_columns(scale, channels, 0, channels)
+        copy_columns(shift, channels, 0, channels)
+
+
 @called
-def map_product_tile(dy, x, dx, coefficients, cut, step, tile, streaming):
+def map_product_tile(dy, x, dx, bias, gates, coefficients, cut, step, tile, streaming):
     _, width, rows, rest, tile_rows = cut
     hi = coefficients[:width]
     scale = coefficients[width : 2 * width]
@@ -444,20 +468,22 @@ def map_product_tile(dy, x, dx, coefficients, cut, step, tile, streaming):
     row, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
     for c in range(0, width, STRIP):
         start, own = row * width + c, slice(c, min(width, c + STRIP))
+        gate = gate_if(bias, gates[:width][own], gates[width:][own])
         map_product_rows(
-            x[start:], dy[start:], dx[start:], stop - row, width, hi[own], scale[own], shift[own],
-            dscale[own], step, streaming,
+            x[start:], dy[start:], dx[start:], gate, stop - row, width, hi[own],
+            scale[own], shift[own], dscale[own], step, streaming,
         )
     if stop == rows and rest > 0:
         map_product_rows(
-            x[rows * width :], dy[rows * width :], dx[rows * width :], 1, 0, hi[:rest],
-            scale[:rest], shift[:rest], dscale[:rest], 1, False,
+            x[rows * width :], dy[rows * width :], dx[rows * width :],
+            gate_if(bias, gates[:rest], gates[width:]), 1, 0, hi[:rest], scale[:rest], shift[:rest],
+            dscale[:rest], 1, False,
         )
 
 
-@kernel(BACKWARD, sizes=13, allocates=True)
-def backward_tiles(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
-                   streaming):
+@kernel(GATED, sizes=13, allocates=True)
+def backward_tiles(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
+                   given, streaming):
     """All slices, a tile at a time."""
     b, o, g, k, _ = sizes[:5]
     cut, threads, step = sizes[5:10], sizes[11], sizes[12]
@@ -465,6 +491,7 @@ def backward_tiles(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, 
     width = cut[1]
     tiles = tiles_of(cut)
     coefficients = np.empty(b * 4 * width, weight.dtype)
+    gates = np.empty(b * 2 * width if len(bias) > 0 else 0, weight.dtype)
     partial = np.empty(b * tiles * 2 * width)
     terms_w, terms_b = terms[: b * g * k], terms[b * g * k :]
     for s in range(b):
@@ -477,10 +504,13 @@ def backward_tiles(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, 
             for group in range(g):
                 hi[group * k : (group + 1) * k] = own[group]
         copy_columns(hi, g * k, 0, g * k)
+    if len(bias) > 0:
+        open_gates(bias, weight, gates, coefficients, mean, rstd, sizes[:5], cut)
     for unit in prange(b * tiles):
         s = unit // tiles
         sum_product_tile(
             x[s * size : (s + 1) * size], dy[s * size : (s + 1) * size],
+            bias, gates[2 * s * width : 2 * (s + 1) * width],
             coefficients[s * 4 * width : s * 4 * width + width],
             partial[unit * 2 * width : (unit + 1) * 2 * width], cut, step, unit % tiles,
         )
@@ -501,7 +531,8 @@ def backward_tiles(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, 
             s = turn // tiles
             map_product_tile(
                 dy[s * size : (s + 1) * size], x[s * size : (s + 1) * size],
-                dx[s * size : (s + 1) * size], coefficients[s * 4 * width : (s + 1) * 4 * width],
-                cut, step, turn % tiles, streaming != 0,
+                dx[s * size : (s + 1) * size], bias, gates[2 * s * width : 2 * (s + 1) * width],
+                coefficients[s * 4 * width : (s + 1) * 4 * width], cut, step, turn % tiles,
+                streaming != 0,
             )
     merge_terms(terms, dweight, dbias, b)

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
 
-from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING
+from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING, RELU
 from fastnorm.backends import numba_across as across
 from fastnorm.backends import numba_columns as columns
 from fastnorm.backends import numba_fused as after
@@ -284,13 +284,23 @@ def backward(
         _backward_beside(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags,
                          num_threads, fused)
         return
+    _differentiate(geometry, dy, x, weight, None, mean, rstd, dx, dweight, dbias, flags,
+                   num_threads)
+
+
+def _differentiate(
+    geometry, dy, x, weight, gate_bias, mean, rstd, dx, dweight, dbias, flags, num_threads,
+    gated=False,
+):
+    """A backward with nothing beside, or through ReLU alone: `gated`."""
     plan = backward_plan(geometry, x.dtype, flags, num_threads)
+    bias = (_parameter(gate_bias, plan.work, plan.channels, 0),) if gated else ()
     into_w = _of_type(dweight, plan.channels, plan.work)
     into_b = _of_type(dbias, plan.channels, plan.work)
     shared = plan.large and (np.may_share_memory(dx, x) or np.may_share_memory(dx, dy))
     launch(
         plan.kernel, plan.threads, _flat(dy), _flat(x),
-        _parameter(weight, plan.work, plan.channels, 1), _flat(dx),
+        _parameter(weight, plan.work, plan.channels, 1), bias, _flat(dx),
         _flat(mean) if plan.has_mean else np.zeros(plan.sets), _flat(rstd),
         np.empty(2 * plan.parts * plan.channels), into_w, into_b, plan.sizes, plan.has_mean,
         plan.given, int(plan.large and not shared),
@@ -392,12 +402,15 @@ def _backward_beside(
                        num_threads, fused)
         return
     dsum = _apart(fused.dsum, dx)
-    if fused.activation:
+    kernel = backward_plan(geometry, x.dtype, flags, num_threads).kernel
+    gated = fused.activation == RELU and fused.residual is None and kernel.may_be_gated
+    if fused.activation and not gated:
         dz = dx if fused.dresidual is None else fused.dresidual
         found = np.zeros(rstd.size) if flags & NO_MEAN else mean
         _map_fused(geometry, dy, x, fused.residual, weight, fused.bias, dz, found, rstd, fused,
                    num_threads)
         dy = dz
-    backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads)
+    _differentiate(geometry, dy, x, weight, fused.bias, mean, rstd, dx, dweight, dbias, flags,
+                   num_threads, gated)
     if dsum is not None:
         dx += dsum.reshape(dx.shape)

@@ -22,6 +22,7 @@ SERIAL_BYTES = 192 << 10  # moved: below, a parallel region costs more than it s
 
 # A division by 0 gives what C gives: a check of each would keep loops from becoming vectors.
 OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy"}
+INLINING = OPTIONS | {"forceinline": True}  # of an overload
 # Numba would also make one loop of two, and loops of its own of assignments to slices. (prange
 # needs "numpy" too.)
 PARALLEL = ParallelOptions(False)
@@ -69,9 +70,10 @@ def _named(function, build):
 # (x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming); where y is empty only the
 # statistics are wanted
 FORWARD = "xxaa ddd t fnn"
-# (dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given, streaming); terms
-# is room for each part's dweight and dbias
-BACKWARD = "xxax dd d aa t nnn"
+# (dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given, streaming);
+# bias is () but for a gate (see numba_gate), terms room for each part's dweight and dbias
+BACKWARD = "xxa-x dd d aa t nnn"
+GATED = "xxagx dd d aa t nnn"
 
 
 class Kernel:
@@ -79,10 +81,12 @@ class Kernel:
     calling thread alone.
 
     `letters` are its argument types: x an array like x, a one of the working type, d of float64,
-    n an int64, f a float64, t a tuple of as many int64 as it has `sizes`."""
+    n an int64, f a float64, t a tuple of as many int64 as it has `sizes`, - the empty tuple, and g
+    that or a tuple of one a."""
 
     def __init__(self, function, letters, sizes, parallel, allocates):
         self.letters = letters.replace(" ", "")
+        self.may_be_gated = "g" in letters
         self.sizes = sizes
         options = OPTIONS | {"cache": True} | ({} if allocates else UNCOUNTED)
         self.serial = njit(**options)(_named(function, "serial"))
@@ -100,9 +104,13 @@ class Kernel:
             "n": types.int64,
             "f": types.float64,
             "t": types.UniTuple(types.int64, self.sizes),
+            "-": types.Tuple(()),
         }
-        for build in {self.parallel, self.serial}:
-            build.compile(tuple(kinds[letter] for letter in self.letters))
+        gates = [types.Tuple(()), types.UniTuple(kinds["a"], 1)]
+        for gate in gates if self.may_be_gated else gates[:1]:
+            kinds["g"] = gate
+            for build in {self.parallel, self.serial}:
+                build.compile(tuple(kinds[letter] for letter in self.letters))
 
 
 def kernel(letters, sizes=5, parallel=True, allocates=False):

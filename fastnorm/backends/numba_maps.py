@@ -6,6 +6,7 @@ They start at 0: from anywhere else Numba's indices could be negative, and the l
 become vectors.
 """
 
+from fastnorm.backends.numba_gate import gate_line, gate_place, through
 from fastnorm.backends.numba_jit import inlined
 from fastnorm.backends.numba_simd import (
     LINE,
@@ -65,8 +66,9 @@ def affine_weighted(x, hi, scale, shift, weight, bias):
 
 
 @inlined
-def affine_products(x, dy, hi, scale, shift, dscale):
-    return (x - hi) * scale + shift + dy * dscale
+def affine_products(x, dy, gate, hi, scale, shift, dscale):
+    d = x - hi
+    return d * scale + shift + through(dy, d, gate) * dscale
 
 
 @inlined
@@ -114,22 +116,22 @@ def map_run_weighted(x, y, weight, bias, hi, scale, shift, streaming):
 
 
 @inlined
-def fill_products(x, dy, dx, hi, scale, shift, dscale):
+def fill_products(x, dy, dx, gate, hi, scale, shift, dscale):
     for j in range(x.size):
-        put(dx, j, affine_products(at(x, j), at(dy, j), hi, scale, shift, dscale))
+        put(dx, j, affine_products(at(x, j), at(dy, j), gate, hi, scale, shift, dscale))
 
 
 @inlined
-def map_products(x, dy, dx, hi, scale, shift, dscale, streaming):
+def map_products(x, dy, dx, gate, hi, scale, shift, dscale, streaming):
     if not streaming:
-        fill_products(x, dy, dx, hi, scale, shift, dscale)
+        fill_products(x, dy, dx, gate, hi, scale, shift, dscale)
         return
     first, stop = streamed(dx)
-    fill_products(x[:first], dy[:first], dx[:first], hi, scale, shift, dscale)
+    fill_products(x[:first], dy[:first], dx[:first], gate, hi, scale, shift, dscale)
     h, a, b, c = splat(hi), splat(scale), splat(shift), splat(dscale)
     for j in range(first, stop, lanes(dx)):
-        stream(dx, j, affine_products(load(x, j), load(dy, j), h, a, b, c))
-    fill_products(x[stop:], dy[stop:], dx[stop:], hi, scale, shift, dscale)
+        stream(dx, j, affine_products(load(x, j), load(dy, j), gate, h, a, b, c))
+    fill_products(x[stop:], dy[stop:], dx[stop:], gate, hi, scale, shift, dscale)
 
 
 # ---- maps of rows, a coefficient for each place --------------------------------------------------
@@ -200,34 +202,34 @@ def map_rows(x, y, rows, stride, hi, scale, shift, step, streaming):
 
 
 @inlined
-def terms(hi, scale, shift, dscale, j):
-    return load(hi, j), load(scale, j), load(shift, j), load(dscale, j)
+def terms(gate, hi, scale, shift, dscale, j):
+    return gate_line(gate, j), load(hi, j), load(scale, j), load(shift, j), load(dscale, j)
 
 
 def _map_product_rows(put_line):
     @inlined
-    def whole_lines(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop):
+    def whole_lines(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, first, stop):
         w = lanes(dx)
         quads = stop - (stop - first) % (4 * w)
         for j in range(first, quads, 4 * w):
-            h0, a0, b0, c0 = terms(hi, scale, shift, dscale, j)
-            h1, a1, b1, c1 = terms(hi, scale, shift, dscale, j + w)
-            h2, a2, b2, c2 = terms(hi, scale, shift, dscale, j + 2 * w)
-            h3, a3, b3, c3 = terms(hi, scale, shift, dscale, j + 3 * w)
+            g0, h0, a0, b0, c0 = terms(gate, hi, scale, shift, dscale, j)
+            g1, h1, a1, b1, c1 = terms(gate, hi, scale, shift, dscale, j + w)
+            g2, h2, a2, b2, c2 = terms(gate, hi, scale, shift, dscale, j + 2 * w)
+            g3, h3, a3, b3, c3 = terms(gate, hi, scale, shift, dscale, j + 3 * w)
             for r in range(rows):
                 at = r * stride + j
-                put_line(dx, at, affine_products(load(x, at), load(dy, at), h0, a0, b0, c0))
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), g0, h0, a0, b0, c0))
                 at += w
-                put_line(dx, at, affine_products(load(x, at), load(dy, at), h1, a1, b1, c1))
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), g1, h1, a1, b1, c1))
                 at += w
-                put_line(dx, at, affine_products(load(x, at), load(dy, at), h2, a2, b2, c2))
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), g2, h2, a2, b2, c2))
                 at += w
-                put_line(dx, at, affine_products(load(x, at), load(dy, at), h3, a3, b3, c3))
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), g3, h3, a3, b3, c3))
         for j in range(quads, stop, w):
-            h0, a0, b0, c0 = terms(hi, scale, shift, dscale, j)
+            g0, h0, a0, b0, c0 = terms(gate, hi, scale, shift, dscale, j)
             for r in range(rows):
                 at = r * stride + j
-                put_line(dx, at, affine_products(load(x, at), load(dy, at), h0, a0, b0, c0))
+                put_line(dx, at, affine_products(load(x, at), load(dy, at), g0, h0, a0, b0, c0))
 
     return whole_lines
 
@@ -236,16 +238,17 @@ stored_product_rows, product_rows_past = _map_product_rows(store), _map_product_
 
 
 @inlined
-def fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, first, stop):
+def fill_product_rows(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, first, stop):
     for r in range(rows):
         for j in range(first, stop):
             put(dx, r * stride + j, affine_products(
-                at(x, r * stride + j), at(dy, r * stride + j), hi[j], scale[j], shift[j], dscale[j]
+                at(x, r * stride + j), at(dy, r * stride + j), gate_place(gate, j), hi[j], scale[j],
+                shift[j], dscale[j],
             ))
 
 
 @inlined
-def map_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, step, streaming):
+def map_product_rows(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, step, streaming):
     """map_products of rows, as map_rows."""
     width = hi.size
     past, first, stop = streamed_rows(dx, width, stride, streaming)
@@ -257,11 +260,15 @@ def map_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, step, st
         at, count = row * stride, min(step, rows - row)
         xs, dys, dxs = x[at:], dy[at:], dx[at:]
         if past:
-            product_rows_past(xs, dys, dxs, count, stride, hi, scale, shift, dscale, first, stop)
+            product_rows_past(
+                xs, dys, dxs, gate, count, stride, hi, scale, shift, dscale, first, stop
+            )
         else:
-            stored_product_rows(xs, dys, dxs, count, stride, hi, scale, shift, dscale, first, stop)
-    fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, 0, first)
-    fill_product_rows(x, dy, dx, rows, stride, hi, scale, shift, dscale, stop, width)
+            stored_product_rows(
+                xs, dys, dxs, gate, count, stride, hi, scale, shift, dscale, first, stop
+            )
+    fill_product_rows(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, 0, first)
+    fill_product_rows(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, stop, width)
 
 
 def _map_scaled_rows(put_line):

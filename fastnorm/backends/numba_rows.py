@@ -8,7 +8,16 @@ which are summed, merged in their order, and mapped: the bits never depend on th
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import BACKWARD, FORWARD, allocating, called, inlined, kernel
+from fastnorm.backends.numba_gate import bias_at, gate_if
+from fastnorm.backends.numba_jit import (
+    BACKWARD,
+    FORWARD,
+    GATED,
+    allocating,
+    called,
+    inlined,
+    kernel,
+)
 from fastnorm.backends.numba_maps import (
     add_runs,
     map_products,
@@ -283,9 +292,18 @@ def merge_terms(terms, dweight, dbias, parts):
             into[j] = total[j]
 
 
-@kernel(BACKWARD)
-def backward_sets(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
-                  streaming):
+@inlined
+def gate_of(bias, x, weight, mean, hi, rstd, channel):
+    """The gate of a channel of a set."""
+    scale, shift = forward_terms(
+        mean, float64(hi), rstd, float64(weight[channel]), bias_at(bias, channel)
+    )
+    return gate_if(bias, rounded(x, scale), rounded(x, shift))
+
+
+@kernel(GATED)
+def backward_sets(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
+                  given, streaming):
     b, o, g, k, i = sizes
     n = k * i
     terms_w, terms_b = terms[: b * g * k], terms[b * g * k :]
@@ -296,11 +314,12 @@ def backward_sets(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, h
         gy = 0.0
         gyd = 0.0
         for c in range(k):
+            gate = gate_of(bias, x, weight, mean[set_], hi, rstd[set_], set_ % g * k + c)
             s = 0.0
             q = 0.0
             for r in range(o):
                 at = start + r * g * n + c * i
-                sums = run_products(x[at : at + i], dy[at : at + i], hi)
+                sums = run_products(x[at : at + i], dy[at : at + i], gate, hi)
                 s += sums[0]
                 q += sums[1]
             terms_b[set_ * k + c] = s
@@ -312,24 +331,27 @@ def backward_sets(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, h
             scale = shift = 0.0
         for r in range(o):
             for c in range(k):
-                at = start + r * g * n + c * i
+                at, channel = start + r * g * n + c * i, set_ % g * k + c
                 map_products(
-                    x[at : at + i], dy[at : at + i], dx[at : at + i], hi, rounded(x, scale),
-                    rounded(x, shift),
-                    rounded(x, rstd[set_] * float64(weight[set_ % g * k + c])), streaming,
+                    x[at : at + i], dy[at : at + i], dx[at : at + i],
+                    gate_of(bias, x, weight, mean[set_], hi, rstd[set_], channel), hi,
+                    rounded(x, scale), rounded(x, shift),
+                    rounded(x, rstd[set_] * float64(weight[channel])), streaming,
                 )
     merge_terms(terms, dweight, dbias, b)
 
 
 @inlined
-def sum_product_piece(x, dy, hi, partial, unit, sizes):
+def sum_product_piece(x, dy, weight, bias, hi, partial, mean, rstd, unit, sizes):
     """partial = the sums of a piece of a channel's run."""
     _, o, g, k, i = sizes
     pieces = pieces_of(i)
     run, piece = unit // pieces, unit % pieces
+    set_ = set_of_run(run // k, o, g)
+    gate = gate_of(bias, x, weight, mean[set_], hi[set_], rstd[set_], run % (g * k))
     first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
     partial[2 * unit], partial[2 * unit + 1] = run_products(
-        x[first:stop], dy[first:stop], hi[set_of_run(run // k, o, g)]
+        x[first:stop], dy[first:stop], gate, hi[set_]
     )
 
 
@@ -360,21 +382,24 @@ def finish_product_pieces(weight, hi, scale, shift, partial, mean, rstd, terms_w
 
 
 @inlined
-def map_product_piece(dy, x, dx, weight, hi, scale, shift, rstd, unit, sizes, streaming):
+def map_product_piece(dy, x, dx, weight, bias, hi, scale, shift, mean, rstd, unit, sizes,
+                      streaming):
     _, o, g, k, i = sizes
     pieces = pieces_of(i)
     run, piece = unit // pieces, unit % pieces
     set_ = set_of_run(run // k, o, g)
     first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
     map_products(
-        x[first:stop], dy[first:stop], dx[first:stop], hi[set_], scale[set_], shift[set_],
-        rounded(x, rstd[set_] * float64(weight[run % (g * k)])), streaming,
+        x[first:stop], dy[first:stop], dx[first:stop],
+        gate_of(bias, x, weight, mean[set_], hi[set_], rstd[set_], run % (g * k)), hi[set_],
+        scale[set_], shift[set_], rounded(x, rstd[set_] * float64(weight[run % (g * k)])),
+        streaming,
     )
 
 
-@kernel(BACKWARD, allocates=True)
-def backward_pieces(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
-                    streaming):
+@kernel(GATED, allocates=True)
+def backward_pieces(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
+                    given, streaming):
     """backward_sets of few large sets, a piece of a channel's run at a time."""
     b, o, g, k, i = sizes
     units = b * o * g * k * pieces_of(i)
@@ -385,14 +410,16 @@ def backward_pieces(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes,
     for set_ in range(b * g):
         hi[set_] = mean[set_]
     for unit in prange(units):
-        sum_product_piece(x, dy, hi, partial, unit, sizes)
+        sum_product_piece(x, dy, weight, bias, hi, partial, mean, rstd, unit, sizes)
     for set_ in range(b * g):
         finish_product_pieces(
             weight, hi, scale, shift, partial, mean, rstd, terms[: b * g * k], terms[b * g * k :],
             set_, sizes, has_mean, given,
         )
     for unit in prange(units):
-        map_product_piece(dy, x, dx, weight, hi, scale, shift, rstd, unit, sizes, streaming)
+        map_product_piece(
+            dy, x, dx, weight, bias, hi, scale, shift, mean, rstd, unit, sizes, streaming
+        )
     merge_terms(terms, dweight, dbias, b)
 
 
@@ -401,8 +428,8 @@ VALUES = 8192  # and values
 
 
 @kernel(BACKWARD, sizes=6, allocates=True)
-def backward_elements(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
-                      streaming):
+def backward_elements(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
+                      given, streaming):
     """backward_sets where i == o == 1, in parts of the rows."""
     b, _, g, k, _, parts = sizes
     terms_w, terms_b = terms[: parts * g * k], terms[parts * g * k :]

@@ -10,7 +10,8 @@ from math import gcd
 import numpy as np
 from numba import float64, prange
 
-from fastnorm.backends.numba_jit import BACKWARD, FORWARD, inlined, kernel
+from fastnorm.backends.numba_gate import bias_at, gate_if
+from fastnorm.backends.numba_jit import FORWARD, GATED, inlined, kernel
 from fastnorm.backends.numba_maps import map_product_rows, map_rows
 from fastnorm.backends.numba_simd import LINE, fold, lanes, load, rounded, splat
 from fastnorm.backends.numba_words import (
@@ -91,7 +92,7 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
             spread(terms[0], i, hi)
             for r in range(0, o, RUN):
                 slabs = x[r * stride + first * i :]
-                add_rows(slabs, slabs, min(RUN, o - r), stride, hi, scale, shift, STEP)
+                add_rows(slabs, slabs, (), min(RUN, o - r), stride, hi, scale, shift, STEP)
                 gather(scale, i, sums[0])
                 gather(shift, i, sums[1])
         for c in range(channels):
@@ -114,9 +115,9 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
             map_rows(x[at:], y[at:], o, stride, hi, scale, shift, STEP, streaming)
 
 
-@kernel(BACKWARD, allocates=True)
-def backward_slabs(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given,
-                   streaming):
+@kernel(GATED, allocates=True)
+def backward_slabs(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
+                   given, streaming):
     """numba_rows.backward_sets."""
     _, o, g, _, i = sizes
     stride = g * i
@@ -130,13 +131,27 @@ def backward_slabs(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, 
         shift = np.zeros(n, weight.dtype)
         dscale = np.zeros(n, weight.dtype)
         own = np.zeros((4, channels), weight.dtype)
+        room = np.zeros((2, n if len(bias) > 0 else 0), weight.dtype)
+        gate = gate_if(bias, room[0], room[1])
         sums = np.zeros((2, channels))
         for c in range(channels):
             own[0, c] = mean[first + c]
         spread(own[0], i, hi)
+        if len(bias) > 0:
+            for c in range(channels):
+                set_ = first + c
+                own[1, c], own[2, c] = forward_terms(
+                    mean[set_], float64(own[0, c]), rstd[set_], float64(weight[set_]),
+                    bias_at(bias, set_),
+                )
+            spread(own[1], i, room[0])
+            spread(own[2], i, room[1])
+            own[1:3] = 0
         for r in range(0, o, RUN):
             at = r * stride + first * i
-            add_row_products(x[at:], dy[at:], min(RUN, o - r), stride, hi, scale, shift, STEP)
+            add_row_products(
+                x[at:], dy[at:], gate, min(RUN, o - r), stride, hi, scale, shift, STEP
+            )
             gather(scale, i, sums[0])
             gather(shift, i, sums[1])
         for c in range(channels):
@@ -155,5 +170,5 @@ def backward_slabs(dy, x, weight, dx, mean, rstd, terms, dweight, dbias, sizes, 
         spread(own[3], i, dscale)
         at = first * i
         map_product_rows(
-            x[at:], dy[at:], dx[at:], o, stride, hi, scale, shift, dscale, STEP, streaming
+            x[at:], dy[at:], dx[at:], gate, o, stride, hi, scale, shift, dscale, STEP, streaming
         )

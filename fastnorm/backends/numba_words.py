@@ -8,6 +8,7 @@ the blocks are merged in double. Every operation keeps its order and its roundin
 from numba import float64
 
 from fastnorm.backends import scalar
+from fastnorm.backends.numba_gate import gate_line, gate_place, through
 from fastnorm.backends.numba_jit import called, inlined
 from fastnorm.backends.numba_simd import (
     at,
@@ -38,19 +39,20 @@ backward_terms = inlined(scalar.backward_terms)
 
 
 @inlined
-def term_of_x(x, dy, weight, j, about):
+def term_of_x(x, dy, weight, gate, j, about):
     """(a, d) of which a sum takes a and a*d."""
     d = load(x, j) - about
     return d, d
 
 
 @inlined
-def term_of_dy(x, dy, weight, j, about):
-    return load(dy, j), load(x, j) - about
+def term_of_dy(x, dy, weight, gate, j, about):
+    d = load(x, j) - about
+    return through(load(dy, j), d, gate), d
 
 
 @inlined
-def term_of_weighted_dy(x, dy, weight, j, about):
+def term_of_weighted_dy(x, dy, weight, gate, j, about):
     return load(dy, j) * load(weight, j), load(x, j) - about
 
 
@@ -59,9 +61,10 @@ def _whole_lines(term):
     could not be cached.)"""
 
     @inlined
-    def whole_lines(x, dy, weight, about, stop):
+    def whole_lines(x, dy, weight, gate, about, stop):
         width = lanes(x)
         center = splat(about)
+        own = gate_line(gate, 0)
         s = 0.0
         q = 0.0
         for start in range(0, stop, BLOCK):
@@ -69,14 +72,14 @@ def _whole_lines(term):
             # Two lines at a time, so that neither waits for the other.
             s0 = s1 = q0 = q1 = splat(rounded(x, 0))
             for j in range(start, end - width, 2 * width):
-                a, d = term(x, dy, weight, j, center)
+                a, d = term(x, dy, weight, own, j, center)
                 s0 = s0 + a
                 q0 = q0 + a * d
-                a, d = term(x, dy, weight, j + width, center)
+                a, d = term(x, dy, weight, own, j + width, center)
                 s1 = s1 + a
                 q1 = q1 + a * d
             if (end - start) // width % 2:
-                a, d = term(x, dy, weight, end - width, center)
+                a, d = term(x, dy, weight, own, end - width, center)
                 s0 = s0 + a
                 q0 = q0 + a * d
             s += fold(s0 + s1)
@@ -95,7 +98,7 @@ lines_of_weighted_dy = _whole_lines(term_of_weighted_dy)
 def run_sums(x, about):
     """Sums of d and of d*d, d = x - about."""
     stop = x.size - x.size % (lanes(x))
-    s, q = lines_of_x(x, x, x, about, stop)
+    s, q = lines_of_x(x, x, x, (), about, stop)
     for j in range(stop, x.size):
         d = float64(at(x, j) - about)
         s += d
@@ -116,13 +119,15 @@ def run_sums_exact(x, about):
 
 
 @inlined
-def run_products(x, dy, about):
-    """Sums of dy and of dy*(x - about)."""
+def run_products(x, dy, gate, about):
+    """Sums of dy and of dy*(x - about); a gate is of numbers."""
     stop = x.size - x.size % (lanes(x))
-    s, q = lines_of_dy(x, dy, dy, about, stop)
+    s, q = lines_of_dy(x, dy, dy, gate, about, stop)
     for j in range(stop, x.size):
-        s += float64(at(dy, j))
-        q += float64(at(dy, j)) * float64(at(x, j) - about)
+        d = at(x, j) - about
+        u = float64(through(at(dy, j), d, gate))
+        s += u
+        q += u * float64(d)
     return s, q
 
 
@@ -130,7 +135,7 @@ def run_products(x, dy, about):
 def run_products_weighted(x, dy, weight, about):
     """Sums of dy*weight and of dy*weight*(x - about), a weight for each place."""
     stop = x.size - x.size % (lanes(x))
-    s, q = lines_of_weighted_dy(x, dy, weight, about, stop)
+    s, q = lines_of_weighted_dy(x, dy, weight, (), about, stop)
     for j in range(stop, x.size):
         gy = float64(at(dy, j)) * float64(weight[j])
         s += gy
@@ -207,24 +212,26 @@ def _down_columns(term):
     registers, and then the others."""
 
     @inlined
-    def whole_lines(x, dy, rows, stride, about, s, q, stop):
+    def whole_lines(x, dy, gate, rows, stride, about, s, q, stop):
         w = lanes(x)
         quads = stop - stop % (4 * w)
         for j in range(0, quads, 4 * w):
             c0, c1, c2, c3 = (
                 load(about, j), load(about, j + w), load(about, j + 2 * w), load(about, j + 3 * w)
             )
+            g0, g1 = gate_line(gate, j), gate_line(gate, j + w)
+            g2, g3 = gate_line(gate, j + 2 * w), gate_line(gate, j + 3 * w)
             s0, s1, s2, s3 = load(s, j), load(s, j + w), load(s, j + 2 * w), load(s, j + 3 * w)
             q0, q1, q2, q3 = load(q, j), load(q, j + w), load(q, j + 2 * w), load(q, j + 3 * w)
             for r in range(rows):
                 first = r * stride + j
-                a, d = term(x, dy, dy, first, c0)
+                a, d = term(x, dy, dy, g0, first, c0)
                 s0, q0 = s0 + a, q0 + a * d
-                a, d = term(x, dy, dy, first + w, c1)
+                a, d = term(x, dy, dy, g1, first + w, c1)
                 s1, q1 = s1 + a, q1 + a * d
-                a, d = term(x, dy, dy, first + 2 * w, c2)
+                a, d = term(x, dy, dy, g2, first + 2 * w, c2)
                 s2, q2 = s2 + a, q2 + a * d
-                a, d = term(x, dy, dy, first + 3 * w, c3)
+                a, d = term(x, dy, dy, g3, first + 3 * w, c3)
                 s3, q3 = s3 + a, q3 + a * d
             store(s, j, s0)
             store(s, j + w, s1)
@@ -235,9 +242,9 @@ def _down_columns(term):
             store(q, j + 2 * w, q2)
             store(q, j + 3 * w, q3)
         for j in range(quads, stop, w):
-            c0, s0, q0 = load(about, j), load(s, j), load(q, j)
+            c0, s0, q0, g0 = load(about, j), load(s, j), load(q, j), gate_line(gate, j)
             for r in range(rows):
-                a, d = term(x, dy, dy, r * stride + j, c0)
+                a, d = term(x, dy, dy, g0, r * stride + j, c0)
                 s0, q0 = s0 + a, q0 + a * d
             store(s, j, s0)
             store(q, j, q0)
@@ -254,18 +261,20 @@ def _add_rows(down, both):
     those of run_products; `step` rows of some columns before the next."""
 
     @inlined
-    def add(x, dy, rows, stride, about, s, q, step):
+    def add(x, dy, gate, rows, stride, about, s, q, step):
         width = about.size
         stop = width - width % lanes(x)
         if width <= 4 * lanes(x):
             step = rows
         for row in range(0, rows, step):
             at_row = row * stride
-            down(x[at_row:], dy[at_row:], min(step, rows - row), stride, about, s, q, stop)
+            down(
+                x[at_row:], dy[at_row:], gate, min(step, rows - row), stride, about, s, q, stop
+            )
         for r in range(rows):
             for j in range(stop, width):
                 d = at(x, r * stride + j) - about[j]
-                a = at(dy, r * stride + j) if both else d
+                a = through(at(dy, r * stride + j), d, gate_place(gate, j)) if both else d
                 s[j] += a
                 q[j] += a * d
 
