@@ -1,6 +1,8 @@
-.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least tables cost warmup
+.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least measure tables cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
+RESULTS = benchmarks/results/epyc-zen4
+BOTH = --contenders fastnorm,PyTorch
 
 help:  ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -37,6 +39,15 @@ test-cuda:  ## compile and assemble every CUDA kernel; installs the toolkit, nee
 
 least:  ## measure the kernels beside the least that could be written, for docs/cost-model.md
 	$(PYTHON) benchmarks/least.py
+
+measure:  ## measure what the README and the cost model show, and write it there (45 minutes)
+	$(PYTHON) -m fastnorm bench --json $(RESULTS)-2-threads.json
+	$(PYTHON) benchmarks/least.py --json $(RESULTS)-2-threads-least.json
+	$(PYTHON) -m fastnorm bench --threads 1 $(BOTH) --json $(RESULTS)-1-thread.json
+	$(PYTHON) -m fastnorm bench --dtype float64 $(BOTH) --json $(RESULTS)-2-threads-float64.json
+	$(PYTHON) -m fastnorm bench --dtype bfloat16 $(BOTH) --json $(RESULTS)-2-threads-bfloat16.json
+	$(PYTHON) benchmarks/cost_model.py docs/cost-model.png
+	$(PYTHON) benchmarks/tables.py
 
 tables:  ## write the tables of README.md and docs/cost-model.md from benchmarks/results
 	$(PYTHON) benchmarks/tables.py

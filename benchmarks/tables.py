@@ -1,7 +1,8 @@
-"""Write the tables of README.md and docs/cost-model.md from the measurements in results/.
+"""Write the tables of README.md and docs/cost-model.md, and the plot, from the measurements in
+results/ (`make measure`).
 
-    python benchmarks/tables.py          # and what the prose beside them tells, to be read
-    python benchmarks/tables.py --check  # only whether they are those of the measurements
+    python benchmarks/tables.py          # and print what the prose beside them tells
+    python benchmarks/tables.py --check  # only see whether they are those of the measurements
 
 A table lies between <!-- table NAME --> and <!-- end -->. Figures are geometric means over the
 memory floor of all cells but the tiny ones, of x of 8 MB or more / smaller."""
@@ -14,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from fastnorm.bench.cells import cells
+from fastnorm.bench.plot import save_plot
 from fastnorm.bench.run import BOUND, LARGE, best_peer, mean_ratio
 
 ROOT = Path(__file__).parents[1]
@@ -67,11 +69,12 @@ LEAST = {
 }
 
 
-def load(name):
-    """{Cell: row}, as bench.run has them."""
+def load(name, fused=False):
+    """{Cell: row}, as bench.run has them: of plain calls, or of those with something beside."""
     text = (RESULTS / f"{MACHINE}-{name}.json").read_text(encoding="utf-8")
     rows = json.loads(text)["cells"]
-    return {cell: rows[str(cell)] for cell in cells() if str(cell) in rows}
+    return {cell: rows[str(cell)] for cell in cells()
+            if str(cell) in rows and bool(cell.after) == fused}
 
 
 def counted(rows):
@@ -121,7 +124,7 @@ def main_table():
 
 
 def fused_table():
-    rows = load("2-threads-fused")
+    rows = load("2-threads", fused=True)
     names = NAMES | {"PyTorch": "PyTorch, calls apart"}
     return table(rows, "in one call", FUSED, contenders_of(rows), names)
 
@@ -171,13 +174,12 @@ TABLES = {
 }
 
 
-def compared(name):
+def compared(title, rows):
     """What the prose tells of a run beside peers."""
-    rows = load(name)
     ratios = {cell: row["times"]["fastnorm"] / best_peer(row)[1] for cell, row in rows.items()}
     some = {cell: ratio for cell, ratio in ratios.items() if not cell.tiny}
     behind = {cell: ratio for cell, ratio in some.items() if ratio >= 1}
-    yield f"{name}: {1 / mean_ratio(some.values()):.2f} times as fast as the best peer"
+    yield f"{title}: {1 / mean_ratio(some.values()):.2f} times as fast as the best peer"
     yield f"  behind in {len(behind)} of {len(some)}: " + ", ".join(
         f"{best_peer(rows[cell])[0]} in {cell} {ratio:.2f}" for cell, ratio in behind.items())
     twice = [(cell, row["times"]) for cell, row in rows.items()
@@ -223,9 +225,12 @@ def main():
             path.write_text(text, encoding="utf-8")
     if stale:
         sys.exit(f"not the tables of benchmarks/results: {', '.join(stale)}; make tables")
-    if not options.check:
-        for name in ("2-threads", "2-threads-fused"):
-            print(*compared(name), sep="\n")
+    if options.check:
+        return
+    for title, fused in (("plain calls", False), ("with something beside", True)):
+        print(*compared(title, load("2-threads", fused)), sep="\n")
+    rows = load("2-threads")
+    print("saved", *save_plot(rows, contenders_of(rows)[1:], RESULTS / f"{MACHINE}-2-threads"))
 
 
 if __name__ == "__main__":
