@@ -166,7 +166,7 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
             input.weight, input.bias = weight, <const work*> t.bias + g * t.k + k
             map_fused(t, at, n, 1, 0, &input, NULL)
         if brief and t.has_mean:
-            sum_short(x + at, dy + at, weight, n, c[r].hi, &folded_s[r],
+            sum_short(x + at, there(dy + at), there_weight(weight), n, c[r].hi, &folded_s[r],
                       &folded_q[r])
         elif brief:
             sum_short(x + at, dy + at, weight, n, 0, NULL, &folded_q[r])

@@ -58,6 +58,20 @@ enum { NARROWED = 2 };
 enum { NARROWED = 1 };
 #endif
 
+/* An array that is there, which the compiler cannot know: loops that serve one that may not be would
+ * ask again and again (0.9 to 1.0 of the time). */
+static inline const stored *there(const stored *x)
+{
+    if (!x) __builtin_unreachable();
+    return x;
+}
+
+static inline const work *there_weight(const work *x)
+{
+    if (!x) __builtin_unreachable();
+    return x;
+}
+
 /* Further along an array that may not be there. */
 static inline const stored *past(const stored *x, int64_t n) { return x ? x + n : NULL; }
 static inline const work *past_weight(const work *x, int64_t n) { return x ? x + n : NULL; }

@@ -45,6 +45,8 @@ cdef extern from "words.h" nogil:
     void fold_to_eight(eight_work* folded, const vec* lanes)
     void fold_rows(const eight_work* folded, int64_t rows, double* sums)
     int64_t until_aligned(const stored* y)
+    const stored* there(const stored* x)
+    const work* there_weight(const work* x)
     const stored* past(const stored* x, int64_t n)
     const work* past_weight(const work* x, int64_t n)
     int valid_among(const uint8_t* mask, int64_t n)
