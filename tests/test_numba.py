@@ -224,6 +224,10 @@ def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
             found.append(y.copy())
             gradients = fastnorm.batch_norm_backward(dy, x, stats, out=out, **both)
             found.extend(gradient.copy() for gradient in gradients)
+            gradients = fastnorm.batch_norm_backward(
+                dy, x, stats, out=out, activation="relu", **both
+            )
+            found.extend(gradient.copy() for gradient in gradients)
             found.append(fastnorm.batch_norm(x, stats.mean, stats.var, out=out, **both).copy())
             both |= {"residual": dy, "out": out}
             for activation in (None, "relu", "silu"):
