@@ -172,6 +172,16 @@ static inline vec load_part(const stored *x, int64_t n, work fill)
     const __mmask16 mask = (__mmask16)lanes_below(n);
     const vec v = widen_all((short_vec)_mm256_maskz_loadu_epi16(mask, x));
     return (vec)_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, (__m512)v);
+#elif defined(__AVX2__)
+    const int there = (int)(n < 0 ? 0 : n < WIDTH ? n : WIDTH);
+    const __m128i pairs = _mm_cmpgt_epi32(_mm_set1_epi32(there / 2), _mm_setr_epi32(0, 1, 2, 3));
+    __m128i bits = _mm_maskload_epi32((const int *)x, pairs);
+    if (there % 2) {
+        const __m128i places = _mm_setr_epi16(1, 2, 3, 4, 5, 6, 7, 8);
+        const __m128i last = _mm_cmpeq_epi16(_mm_set1_epi16((short)there), places);
+        bits = _mm_or_si128(bits, _mm_and_si128(last, _mm_set1_epi16((short)x[there - 1])));
+    }
+    return choose(lanes_below(there), widen_all((short_vec)bits), splat(fill));
 #else
     stored t[WIDTH] = {0};
     vec v;
@@ -187,6 +197,11 @@ static inline void store_part(stored *y, int64_t n, vec v)
     const short_vec narrow = narrow_all(v);
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     _mm256_mask_storeu_epi16(y, (__mmask16)lanes_below(n), (__m256i)narrow);
+#elif defined(__AVX__)
+    if (n == WIDTH)
+        memcpy(y, &narrow, sizeof narrow);
+    else
+        store_bytes(y, n * (int64_t)sizeof *y, (vec)_mm256_castsi128_si256((__m128i)narrow));
 #else
     memcpy(y, &narrow, (size_t)n * sizeof *y);
 #endif

@@ -119,11 +119,21 @@ static inline vec plus(vec a, vec b)
 #endif
 }
 
-#if defined(__AVX512F__)
 /* Lanes below n; any n. */
+#if defined(__AVX512F__)
 static inline uint32_t lanes_below(int64_t n)
 {
     return n <= 0 ? 0 : n >= WIDTH ? ~0u : (1u << n) - 1;
+}
+#elif defined(__AVX2__)
+static inline whole_vec lanes_below(int64_t n)
+{
+#if defined(FN_TYPE_float64)
+    const whole_vec places = {0, 1, 2, 3};
+#else
+    const whole_vec places = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+    return places < (int)(n < WIDTH ? n : WIDTH);
 }
 #endif
 
@@ -136,6 +146,13 @@ static inline vec load_work_part(const work *x, int64_t n, work fill)
 #else
     return (vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)lanes_below(n), x);
 #endif
+#elif defined(__AVX2__)
+    const whole_vec below = lanes_below(n);
+#if defined(FN_TYPE_float64)
+    return choose(below, (vec)_mm256_maskload_pd(x, (__m256i)below), splat(fill));
+#else
+    return choose(below, (vec)_mm256_maskload_ps(x, (__m256i)below), splat(fill));
+#endif
 #else
     work t[WIDTH];
     for (int j = 0; j < WIDTH; j++) {
@@ -145,6 +162,40 @@ static inline vec load_work_part(const work *x, int64_t n, work fill)
     return load_work(t);
 #endif
 }
+
+#if defined(__SSE2__) && !defined(__AVX512F__)
+/* The first bytes of v, an even number of them, at most as many as it has. (AVX2's masked stores
+ * take 12 cycles each on AMD, and a call of memcpy would have every register saved.) */
+static inline void store_bytes(void *y, int64_t bytes, vec v)
+{
+    char *to = y;
+#if defined(__AVX__)
+    __m128i part = _mm256_castsi256_si128((__m256i)v);
+    if (bytes & 16) {
+        _mm_storeu_si128((void *)to, part);
+        part = _mm256_extractf128_si256((__m256i)v, 1);
+        to += 16;
+    }
+#else
+    __m128i part = (__m128i)v;
+#endif
+    if (bytes & 8) {
+        _mm_storel_epi64((void *)to, part);
+        part = _mm_unpackhi_epi64(part, part);
+        to += 8;
+    }
+    if (bytes & 4) {
+        const int32_t word = _mm_cvtsi128_si32(part);
+        memcpy(to, &word, sizeof word);
+        part = _mm_srli_epi64(part, 32);
+        to += 4;
+    }
+    if (bytes & 2) {
+        const int16_t word = (int16_t)_mm_cvtsi128_si32(part);
+        memcpy(to, &word, sizeof word);
+    }
+}
+#endif
 
 #if !defined(FN_SHORT)
 
@@ -168,6 +219,11 @@ static inline void store_part(stored *y, int64_t n, vec v)
 #else
     _mm512_mask_storeu_ps(y, (__mmask16)lanes_below(n), (__m512)v);
 #endif
+#elif defined(__SSE2__)
+    if (n == WIDTH)
+        store(y, v);
+    else
+        store_bytes(y, n * (int64_t)sizeof *y, v);
 #else
     memcpy(y, &v, (size_t)n * sizeof *y);
 #endif
