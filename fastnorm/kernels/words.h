@@ -52,6 +52,11 @@ typedef float work;
 /* One register of the working type. Arithmetic on it is the compiler's own. */
 typedef work vec __attribute__((vector_size(FN_VECTOR)));
 enum { WIDTH = FN_VECTOR / sizeof(work), VECTORS = FN_LANES / WIDTH };
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { REGISTERS = 32 };
+#else
+enum { REGISTERS = 16 };
+#endif
 #if defined(FN_TYPE_bfloat16)
 enum { NARROWED = 2 };
 #else

@@ -12,6 +12,7 @@ cdef extern from "words.h" nogil:
     enum:
         WIDTH  # values in a vec
         VECTORS  # in LANES values
+        REGISTERS  # vecs that a processor holds
         NARROWED  # vectors that a store rounds at once
         ROWS "FN_ROWS"  # sets whose statistics are found together
         STREAM_ALL "FN_STREAM_ALL"
@@ -133,6 +134,7 @@ cdef enum:
     CLOSE = 8192  # values of a set whose samples are the first ones
     CHUNK = 4  # vectors of columns summed in registers
     PAIR = 2  # vectors that are stored together
+    DOWN = 8  # vectors of a row, at most, that is mapped as a whole
     BATCH = 4  # vectors loaded before the ones in front of them are stored
     STEP = 4  # rows of columns summed at a time, while the next ones are asked for
     RUN = 128  # values of a column summed in the working type before they meet a double
