@@ -130,15 +130,12 @@ static inline uint32_t lanes_below(int64_t n)
 {
     return n <= 0 ? 0 : n >= WIDTH ? ~0u : (1u << n) - 1;
 }
-#elif defined(__AVX2__)
+#else
 static inline whole_vec lanes_below(int64_t n)
 {
-#if defined(FN_TYPE_float64)
-    const whole_vec places = {0, 1, 2, 3};
-#else
-    const whole_vec places = {0, 1, 2, 3, 4, 5, 6, 7};
-#endif
-    return places < (int)(n < WIDTH ? n : WIDTH);
+    whole_vec place;
+    for (int j = 0; j < WIDTH; j++) place[j] = j;
+    return place < (int)(n < WIDTH ? n : WIDTH);
 }
 #endif
 
@@ -363,129 +360,7 @@ static inline void stream_end(void)
 #endif
 }
 
-/* total = lanes, or total + lanes, in double. */
-static inline void flush_lanes(const vec *lanes, double *total, int add)
-{
-    work t[FN_LANES];
-    memcpy(t, lanes, sizeof t);
-    for (int j = 0; j < FN_LANES; j++) total[j] = add ? total[j] + (double)t[j] : (double)t[j];
-}
-
-typedef double eight __attribute__((vector_size(64)));
-typedef double four __attribute__((vector_size(32)));
-
-typedef work eight_work __attribute__((vector_size(8 * sizeof(work))));
-
-/* wide = v. (By pointers: a vector that is returned has a calling convention for each level.) */
-static inline void widen_eight(eight *wide, const eight_work *v)
-{
-#if defined(__AVX512F__) && !defined(FN_TYPE_float64)
-    *wide = (eight)_mm512_cvtps_pd((__m256)*v); /* gcc converts four at a time */
-#else
-    *wide = __builtin_convertvector(*v, eight);
-#endif
-}
-
-/* The lanes, folded to eight: pairwise in the working type, which costs what one more value of each
- * would, and a third of the instructions of widening all of them first. */
-static inline void fold_to_eight(eight_work *folded, const vec *lanes)
-{
-    eight_work low, high;
-#if defined(__AVX512F__) && defined(FN_TYPE_float64)
-    low = lanes[0] + lanes[2];
-    high = lanes[1] + lanes[3];
-#elif defined(__AVX512F__)
-    /* Out of registers: 1.3 times as long a fold otherwise. */
-    const __m512d both = (__m512d)(lanes[0] + lanes[1]);
-    low = (eight_work)_mm512_castpd512_pd256(both);
-    high = (eight_work)_mm512_extractf64x4_pd(both, 1);
-#else
-    eight_work part[FN_LANES / 8];
-    memcpy(part, lanes, sizeof part);
-    low = part[0] + part[2];
-    high = part[1] + part[3];
-#endif
-    *folded = low + high;
-}
-
-/* The sum of eight, pairwise. */
-static inline double fold_eight(const eight *v)
-{
-    four low, high;
-#if defined(__AVX512F__)
-    low = (four)_mm512_castpd512_pd256((__m512d)*v);
-    high = (four)_mm512_extractf64x4_pd((__m512d)*v, 1);
-#else
-    memcpy(&low, v, sizeof low);
-    memcpy(&high, (const double *)v + 4, sizeof high);
-#endif
-    low += high;
-    return (low[0] + low[2]) + (low[1] + low[3]);
-}
-
-/* The sum of a[0..n) in double. Up to eight values behind are read, and do not count. */
-static inline double sum_work(const work *a, int64_t n)
-{
-    const eight_work place = {0, 1, 2, 3, 4, 5, 6, 7};
-    eight total = {0}, wide;
-    eight_work v;
-    for (; n >= 8; n -= 8, a += 8) {
-        memcpy(&v, a, sizeof v);
-        widen_eight(&wide, &v);
-        total += wide;
-    }
-    memcpy(&v, a, sizeof v);
-    __typeof__(place < place) counts = place < (work)n;
-    v = (eight_work)(counts & (__typeof__(counts))v);
-    widen_eight(&wide, &v);
-    total += wide;
-    return fold_eight(&total);
-}
-
-/* The sum of the lanes, plus `total` in double where it is not NULL, in an order that no vector
- * width changes. */
-static inline double fold_lanes(const vec *lanes, const double *total)
-{
-    eight sum, before;
-    eight_work folded;
-    fold_to_eight(&folded, lanes);
-    widen_eight(&sum, &folded);
-    for (int part = 0; total && part < FN_LANES / 8; part++) {
-        memcpy(&before, total + 8 * part, sizeof before);
-        sum += before;
-    }
-    return fold_eight(&sum);
-}
-
-enum { FN_ROWS = 8 };
-
-/* The sums of up to FN_ROWS sets at once, each folded to eight; 0 for those not there. */
-static inline void fold_rows(const eight_work *folded, int64_t rows, double *sums)
-{
-#if defined(__AVX512F__)
-    /* The same additions, with the rows side by side: a row's fold alone is mostly waiting. */
-    __m512d v[FN_ROWS];
-    for (int r = 0; r < FN_ROWS; r++) {
-        eight sum = {0};
-        if (r < rows) widen_eight(&sum, folded + r);
-        v[r] = (__m512d)sum;
-    }
-    for (int r = 0; r < 4; r++)
-        v[r] = _mm512_add_pd(_mm512_shuffle_f64x2(v[r], v[r + 4], 0x44),
-                             _mm512_shuffle_f64x2(v[r], v[r + 4], 0xee));
-    for (int r = 0; r < 2; r++)
-        v[r] = _mm512_add_pd(_mm512_shuffle_f64x2(v[r], v[r + 2], 0x88),
-                             _mm512_shuffle_f64x2(v[r], v[r + 2], 0xdd));
-    v[0] = _mm512_add_pd(_mm512_unpacklo_pd(v[0], v[1]), _mm512_unpackhi_pd(v[0], v[1]));
-    _mm512_storeu_pd(sums, _mm512_shuffle_f64x2(v[0], v[0], 0xd8));
-#else
-    for (int64_t r = 0; r < FN_ROWS; r++) {
-        eight sum = {0};
-        if (r < rows) widen_eight(&sum, folded + r);
-        sums[r] = fold_eight(&sum);
-    }
-#endif
-}
+#include "fold.h"
 
 /* Elements of y before its first 64-byte boundary; -1 where no element starts on one. */
 static inline int64_t until_aligned(const stored *y)
