@@ -98,8 +98,10 @@ cdef inline void backward_rows(const strip* of_rows, bint streaming, int64_t ahe
     cdef strip s = of_rows[0]  # in registers: y may lie anywhere
     # Up to the first line of y that is streamed.
     cdef int64_t p = 0, lead = minimum(s.n, until_aligned(s.y)) if streaming else 0, step
+    # 16 registers hold the sums of a pair alone (0.9 to 1.0 of the time; short rows 1.05 to 1.15).
+    cdef bint chunks = REGISTERS > 16 or s.n < SHORT // 2
     while p < s.n:
-        while p >= lead and p + CHUNK * WIDTH <= s.n:
+        while chunks and p >= lead and p + CHUNK * WIDTH <= s.n:
             backward_columns(&s, p, CHUNK * WIDTH, streaming, ahead, CHUNK)
             p += CHUNK * WIDTH
         while p >= lead and p + PAIR * WIDTH <= s.n:
