@@ -33,8 +33,9 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers: memory is read in its order then.
     p.step = RUN if p.width <= CHUNK * WIDTH else maximum(STEP, SUMMED // p.width)
-    # Row by row dy and x come from memory in its order (0.82 to 0.93 of the time where 16 registers
-    # hold but 32 columns' sums; at 64 columns, of x alone, or from the last-level cache 1.0 to 1.7).
+    # Row by row dy and x come from memory in its order (0.75 to 0.97 of the time where registers
+    # hold but 32 columns' sums; at 64 columns, of x alone, or from the last-level cache 1.0 to
+    # 1.7).
     if REGISTERS == 16 and t.stream == STREAM_ALL and t.dy != NULL and p.width >= 2 * CHUNKS:
         p.step = 1
     p.strip = STRIP if t.k == 1 and p.copies == 1 else p.width
