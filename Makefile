@@ -1,7 +1,7 @@
 .PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least measure tables cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
-RESULTS = benchmarks/results/epyc-zen4
+RESULTS ?= benchmarks/results/epyc-zen4
 BOTH = --contenders fastnorm,PyTorch
 
 help:  ## list the tasks

@@ -20,7 +20,7 @@ from fastnorm.bench.run import BOUND, LARGE, best_peer, mean_ratio
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-MACHINE = "epyc-zen4"
+MACHINE, AVX2 = "epyc-zen4", "epyc-zen3"  # the second has no AVX-512
 NUMBA = "fastnorm numba"
 NAMES = {"fastnorm": "fastnorm, large / in cache", NUMBA: "its Numba backend"}
 CONTENDERS = (
@@ -69,9 +69,9 @@ LEAST = {
 }
 
 
-def load(name, fused=False):
+def load(name, fused=False, machine=MACHINE):
     """{Cell: row}, as bench.run has them: of plain calls, or of those with something beside."""
-    text = (RESULTS / f"{MACHINE}-{name}.json").read_text(encoding="utf-8")
+    text = (RESULTS / f"{machine}-{name}.json").read_text(encoding="utf-8")
     rows = json.loads(text)["cells"]
     return {cell: rows[str(cell)] for cell in cells()
             if str(cell) in rows and bool(cell.after) == fused}
@@ -133,16 +133,18 @@ def settings_table():
     """The same cells otherwise."""
     lines = [line("the same cells", BOUND, "fastnorm", "PyTorch", "PyTorch is faster in"),
              "|---" * 5 + "|"]
-    for title, name in {
-        "one thread": "1-thread", "two threads, float64": "2-threads-float64",
-        "two threads, bfloat16 (its floor is half as large)": "2-threads-bfloat16",
-    }.items():
-        rows = load(name)
+    for title, name, machine in (
+        ("one thread", "1-thread", MACHINE),
+        ("two threads, float64", "2-threads-float64", MACHINE),
+        ("two threads, bfloat16 (its floor is half as large)", "2-threads-bfloat16", MACHINE),
+        ("two threads of a Zen 3, without AVX-512", "2-threads", AVX2),
+    ):
+        rows = load(name, machine=machine)
         slower = [f"{cell} ({row['times']['fastnorm'] / row['times']['PyTorch']:.2f})"
                   for cell, row in rows.items()
                   if not cell.tiny and row["times"]["fastnorm"] >= row["times"]["PyTorch"]]
         means = (f"{over(counted(rows), who):.2f}" for who in (BOUND, "fastnorm", "PyTorch"))
-        title = f"[{title}](benchmarks/results/{MACHINE}-{name}.json)"
+        title = f"[{title}](benchmarks/results/{machine}-{name}.json)"
         lines.append(line(title, *means, ", ".join(slower) or "no cell"))
     return lines
 
@@ -227,8 +229,10 @@ def main():
         sys.exit(f"not the tables of benchmarks/results: {', '.join(stale)}; make tables")
     if options.check:
         return
-    for title, fused in (("plain calls", False), ("with something beside", True)):
-        print(*compared(title, load("2-threads", fused)), sep="\n")
+    for machine in (MACHINE, AVX2):
+        for title, fused in (("plain calls", False), ("with something beside", True)):
+            title = f"{machine}, {title}"
+            print(*compared(title, load("2-threads", fused, machine)), sep="\n")
     rows = load("2-threads")
     print("saved", *save_plot(rows, contenders_of(rows)[1:], RESULTS / f"{MACHINE}-2-threads"))
 
