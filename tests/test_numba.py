@@ -19,7 +19,7 @@ numba = pytest.importorskip("numba")
 
 def run(script, **environment):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=1500,
         env=os.environ | environment, cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,7 +62,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_why(tmp_path):
     pytest.importorskip("setuptools")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "-b", tmp_path / "build"], cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1500,
         env=os.environ | {"CC": "no-such-compiler", "FASTNORM_NATIVE": ""},
     )
     assert done.returncode == 0, done.stderr
