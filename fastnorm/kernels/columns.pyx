@@ -33,7 +33,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers: memory is read in its order then.
     p.step = RUN if p.width <= CHUNK * WIDTH else maximum(STEP, SUMMED // p.width)
-    # Row by row dy and x come from memory in its order (0.75 to 0.97 of the time where registers
+    # Row by row dy and x come from memory in its order (0.73 to 1.1 of the time where registers
     # hold but 32 columns' sums; at 64 columns, of x alone, or from the last-level cache 1.0 to
     # 1.7).
     if REGISTERS == 16 and t.stream == STREAM_ALL and t.dy != NULL and p.width >= 2 * CHUNKS:
@@ -160,7 +160,7 @@ cdef inline void map_down(
     bint streaming, int vectors
 ) noexcept nogil:
     """map_each for whole rows of a few vectors: the coefficients stay in registers, or, where those
-    are few, on the stack (0.6 to 0.9 of the time)."""
+    are few, on the stack (0.6 to 1.15 of the time)."""
     cdef vec hi[DOWN]
     cdef vec scale[DOWN]
     cdef vec shift[DOWN]
