@@ -113,7 +113,11 @@ class Library:
         self.compiler = shlex.split(
             os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
         )
-        self.x86_64 = self._answer("-dumpmachine").startswith("x86_64")
+        # Without levels: once, for whatever FASTNORM_CFLAGS asks for.
+        self.x86_64 = (
+            os.environ.get("FASTNORM_LEVELS") != "0"
+            and self._answer("-dumpmachine").startswith("x86_64")
+        )
         self.openmp = ["-fopenmp"] if self._has_openmp() else []
         self.private = "-lm -lpthread" + (" -lgomp" if self.openmp else "")
         self.objects = []

@@ -101,7 +101,8 @@ def prefix(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     succeeds(
         sys.executable, "setup.py", "-q", "install_c", f"--prefix={folder / 'first'}",
-        f"--build-temp={folder / 'objects'}", cwd=ROOT, env=os.environ | {"FASTNORM_OPENMP": "0"},
+        f"--build-temp={folder / 'objects'}", cwd=ROOT,
+        env=os.environ | {"FASTNORM_OPENMP": "0", "FASTNORM_CFLAGS": "-O1"},
     )
     return (folder / "first").rename(folder / "moved")
 
@@ -156,7 +157,7 @@ def test_sources_build_where_there_is_no_python(tmp_path):
     for file in (folder / "src").iterdir():
         assert not re.search(r"\bPy[A-Z_]|Python\.h|__pyx_m", file.read_text()), file.name
     environment = {"PATH": os.environ["PATH"]}
-    make = ("make", "-j2", "OPENMP=", f"PREFIX={tmp_path / 'prefix'}")
+    make = ("make", "-j2", "OPENMP=", "CFLAGS=-O1", f"PREFIX={tmp_path / 'prefix'}")
     assert "0 failed" in succeeds(*make, "check", cwd=folder, env=environment)
     succeeds(*make, "install", cwd=folder, env=environment)
     program = tmp_path / "embed"
@@ -204,7 +205,7 @@ def test_baseline_objects_need_no_avx(prefix):
     assert len(baseline) >= 4 + 3 * 4
     for file in baseline:
         assembly = succeeds("objdump", "-d", "--no-show-raw-insn", file)
-        assert "mulps" in assembly or "mulpd" in assembly or ".c.o" in file.name
+        assert re.search(r"\tmul[ps][sd]\s", assembly) or ".c.o" in file.name
         found = re.search(r"^.*(?:%[yz]mm|\tv(?:mov|add|mul|sub)[a-z]*\s).*$", assembly, re.M)
         assert found is None, (file.name, found and found[0])
 

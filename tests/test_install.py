@@ -27,7 +27,7 @@ STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
 
 def run(*command, **keywords):
     return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=300, **keywords
+        [str(word) for word in command], capture_output=True, text=True, timeout=1500, **keywords
     )
 
 
