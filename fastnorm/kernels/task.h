@@ -48,6 +48,7 @@ typedef struct fn_task {
     double *dbias;
     void *scratch;
     int64_t l2; /* bytes of second-level cache that a thread may count on */
+    int64_t near; /* of the caches nearer than memory, for each thread */
     int threads;
     fastnorm_parallel_for parallel_for;
     void *user;
@@ -89,5 +90,6 @@ void fn_move_running(void *running, int32_t dtype, const double *batch, int unbi
 const fn_kernels *fn_find_kernels(int32_t dtype, int32_t isa);
 int64_t fn_l2_bytes(void);
 int64_t fn_last_level_bytes(void);
+int64_t fn_near_bytes(int threads); /* of the caches nearer than memory, for each thread */
 
 #endif

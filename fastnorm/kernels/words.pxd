@@ -80,6 +80,7 @@ cdef extern from "words.h" nogil:
         double* dbias
         void* scratch
         int64_t l2
+        int64_t near
         int threads
 
     ctypedef void (*fn_body)(void* context, int64_t index) noexcept nogil
