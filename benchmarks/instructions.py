@@ -55,7 +55,7 @@ def disassembled(library):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("direction", choices=["forward", "backward"])
-    parser.add_argument("size", nargs=6, type=int, metavar=("B", "O", "G", "K", "I", "S"))
+    parser.add_argument("size", nargs=6, type=int, help="b o g k i s, as in fastnorm_geometry")
     parser.add_argument("--dtype", default="float32",
                         choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--library", type=Path, help="another build of libfastnorm.so")

@@ -108,8 +108,9 @@ def _last_level_bytes():
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text(encoding="ascii").strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
-    largest, share = max(sizes[1:] or sizes), available_threads() * (16 << 20)
-    return largest if largest <= 2 * share else share
+    *_, second, largest = sorted(sizes[1:] or sizes * 2)
+    processors = available_threads()
+    return largest if largest <= processors * (32 << 20) else processors * 2 * second
 
 
 def _large(moved):

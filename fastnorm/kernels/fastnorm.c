@@ -254,6 +254,7 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
     task->stream = HAS_STREAMING_STORES && apart ? runs_to_stream(task, traffic, bytes) : 0;
+    task->foreseen = fn_foresees();
     task->near = fn_near_bytes(task->threads);
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
     task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;

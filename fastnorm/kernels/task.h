@@ -18,6 +18,7 @@ typedef struct fn_task {
     int stream;            /* of FN_STREAM_ALL runs of y, so many pass the caches by */
     int far;               /* what sums read comes from the last level or memory */
     int beyond;            /* all arrays are more than the threads' second-level caches hold */
+    int foreseen;          /* the processor asks early enough for rows that follow each other */
     int ahead;             /* values that maps ask for meanwhile lie so far ahead, or 0 */
     const void *x;
     const void *dy; /* NULL in a forward */
@@ -90,6 +91,7 @@ void fn_move_running(void *running, int32_t dtype, const double *batch, int unbi
 const fn_kernels *fn_find_kernels(int32_t dtype, int32_t isa);
 int64_t fn_l2_bytes(void);
 int64_t fn_last_level_bytes(void);
+int fn_foresees(void);
 int64_t fn_near_bytes(int threads); /* of the caches nearer than memory, for each thread */
 
 #endif

@@ -57,7 +57,7 @@ cdef extern from "words.h" nogil:
 
     ctypedef struct fn_task:
         int64_t b, o, g, k, i, s
-        int has_mean, scaled, given, fused, stream, far, beyond, ahead
+        int has_mean, scaled, given, fused, stream, far, beyond, foreseen, ahead
         const void* x
         const void* dy
         void* y
