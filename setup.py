@@ -3,6 +3,10 @@
 The Cython kernels become C once, of which only the kernels are kept: that C knows no Python. It is
 compiled for every element type and every x86-64 level (elsewhere: once per type), and linked with
 the few hand-written C files.
+
+Environment: CC; FASTNORM_CFLAGS, flags behind setup.py's own; FASTNORM_OPENMP=0, threads from
+pthreads alone; FASTNORM_LEVELS=0, one level also on x86-64, that of FASTNORM_CFLAGS (-march=native,
+a third of the time to compile); FASTNORM_NATIVE=require, no package without the library.
 """
 
 import os
@@ -113,7 +117,6 @@ class Library:
         self.compiler = shlex.split(
             os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
         )
-        # Without levels: once, for whatever FASTNORM_CFLAGS asks for.
         self.x86_64 = (
             os.environ.get("FASTNORM_LEVELS") != "0"
             and self._answer("-dumpmachine").startswith("x86_64")

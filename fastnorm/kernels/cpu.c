@@ -123,7 +123,7 @@ __attribute__((constructor)) static void look_at_processor(void)
 #endif
     if (cache_bytes(2) > 0) l2_bytes = cache_bytes(2);
     if (cache_bytes(3) > 0) last_level_bytes = cache_bytes(3);
-    count_on_a_share();
+    if (!getenv("FASTNORM_LAST_LEVEL_BYTES")) count_on_a_share();
     l2_bytes = from_environment("FASTNORM_L2_BYTES", l2_bytes);
     last_level_bytes = from_environment("FASTNORM_LAST_LEVEL_BYTES", last_level_bytes);
 }

@@ -229,12 +229,13 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
  *
  * Beyond, a forward streams what that half has no room for beside its inputs, a few runs of y between
  * others, so that memory is written while those are mapped: 0.8 to 1.0 of the time of streaming all.
- * (A backward took 0.93 to 1.13 times as long so, Numba's kernels 0.85 to 1.25.) */
+ * (A backward took 0.93 to 1.13 times as long so, Numba's kernels 0.85 to 1.25, and calls for which
+ * only the second level is nearer than memory 1.0 to 1.25.) */
 static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
 {
     const size_t half = (size_t)fn_last_level_bytes() / 2, others = traffic - written;
     if (traffic <= half) return 0;
-    if (task->dy || others >= half) return FN_STREAM_ALL;
+    if (task->dy || others >= half || task->near == task->l2) return FN_STREAM_ALL;
     return FN_STREAM_ALL - (int)(FN_STREAM_ALL * (half - others) / written);
 }
 
@@ -253,9 +254,9 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
                 task->y != task->dsum && task->y != task->terms[0] && task->y != task->terms[1];
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
+    task->near = fn_near_bytes(task->threads);
     task->stream = HAS_STREAMING_STORES && apart ? runs_to_stream(task, traffic, bytes) : 0;
     task->foreseen = fn_foresees();
-    task->near = fn_near_bytes(task->threads);
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
     task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;
     task->ahead = task->stream && bytes * (arrays - 1) <= (size_t)fn_last_level_bytes()
