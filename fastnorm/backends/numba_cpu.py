@@ -109,8 +109,7 @@ def _last_level_bytes():
         text = file.read_text(encoding="ascii").strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     *_, second, largest = sorted(sizes[1:] or sizes * 2)
-    processors = available_threads()
-    return largest if largest <= processors * (32 << 20) else processors * 2 * second
+    return largest if largest <= 96 << 20 else min(largest, available_threads() * 2 * second)
 
 
 def _large(moved):

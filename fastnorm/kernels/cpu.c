@@ -88,17 +88,17 @@ static int64_t from_environment(const char *name, int64_t otherwise)
     return value > 0 ? value : otherwise;
 }
 
-/* A last level of more than 32 MB a processor is that of a large server, of which a virtual machine
- * has a few cores. What lies there comes no faster than from memory (480 MB of a Xeon, two threads:
+/* A last level of more than 96 MB, which is the most that a few cores share, is that of all cores of
+ * a large server. What lies there comes no faster than from memory (480 MB of a Xeon, two threads:
  * plain stores 1.0 to 1.7 times as long as streamed ones from 12 MB moved on), so that what leaves
  * the second level is lost: calls that count on less of both, and stream what all second levels
  * have no room for, took 0.5 to 1.1 of the time. */
-static void count_on_a_share(void)
+static void count_on_second_levels(void)
 {
-    const int64_t processors = fn_available_threads();
-    distant = last_level_bytes > processors * (32 << 20);
+    const int64_t most = fn_available_threads() * 2 * l2_bytes;
+    distant = last_level_bytes > 96 << 20;
     if (!distant) return;
-    last_level_bytes = processors * 2 * l2_bytes;
+    if (last_level_bytes > most) last_level_bytes = most;
     l2_bytes /= 2;
 }
 
@@ -123,7 +123,7 @@ __attribute__((constructor)) static void look_at_processor(void)
 #endif
     if (cache_bytes(2) > 0) l2_bytes = cache_bytes(2);
     if (cache_bytes(3) > 0) last_level_bytes = cache_bytes(3);
-    if (!getenv("FASTNORM_LAST_LEVEL_BYTES")) count_on_a_share();
+    if (!getenv("FASTNORM_LAST_LEVEL_BYTES")) count_on_second_levels();
     l2_bytes = from_environment("FASTNORM_L2_BYTES", l2_bytes);
     last_level_bytes = from_environment("FASTNORM_LAST_LEVEL_BYTES", last_level_bytes);
 }
