@@ -257,6 +257,22 @@ def test_streaming_stores_change_no_bit(shape, dtype, offset, monkeypatch):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("caches", "processors", "expected"),
+    [
+        (("32K", "32K", "1M", "32M"), 2, 32 << 20),
+        (("32K", "32K", "1M", "96M"), 1, 96 << 20),
+        (("48K", "32K", "2M", "480M"), 2, 8 << 20),  # a virtual machine on a large server
+        (("48K", "32K", "2M", "105M"), 56, 105 << 20),  # all of one
+    ],
+)
+def test_what_of_the_last_level_calls_count_on(caches, processors, expected):
+    from fastnorm.backends.numba_cpu import _bytes_to_count_on
+
+    sizes = [int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in caches]
+    assert _bytes_to_count_on(sizes, processors) == expected
+
+
 def test_cache_key_knows_every_kernels_file():
     from fastnorm.backends.numba_jit import KERNELS, sources
 

@@ -98,18 +98,22 @@ def _apart(array, written):
     return array.copy() if array is not None and np.shares_memory(array, written) else array
 
 
+def _bytes_to_count_on(caches, processors):
+    """Of the largest of the caches, or what cpu.c counts on where it is that of a large server."""
+    *_, second, largest = sorted(caches)
+    return largest if largest <= 96 << 20 else min(largest, processors * 2 * second)
+
+
 @cache
 def _last_level_bytes():
-    """Of the processor's largest cache, or of a large server's what cpu.c counts on."""
     said = os.environ.get("FASTNORM_LAST_LEVEL_BYTES", "")
     if said.isdecimal():
         return int(said)
-    sizes = [32 << 20]
+    sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text(encoding="ascii").strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
-    *_, second, largest = sorted(sizes[1:] or sizes * 2)
-    return largest if largest <= 96 << 20 else min(largest, available_threads() * 2 * second)
+    return _bytes_to_count_on(sizes, available_threads()) if len(sizes) > 1 else 32 << 20
 
 
 def _large(moved):
