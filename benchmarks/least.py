@@ -1,5 +1,5 @@
 """How near the kernels are to the least that could be written: cells of the benchmark beside the
-floor, two passes, and least.c, plain loops with nothing of what makes a kernel fit for use.
+floor, two passes, and least/, plain loops with nothing of what makes a kernel fit for use.
 
     python benchmarks/least.py --json benchmarks/results/epyc-zen4-2-threads-least.json
 
@@ -32,8 +32,8 @@ Task = structure("Task", "q:b q:o q:g q:k q:i q:s p:x p:dy p:y p:weight p:bias p
 
 def build(folder):
     library = Path(folder) / "least.so"
-    subprocess.run(["cc", *FLAGS.split(), Path(__file__).parent / "least.c", "-o", library],
-                   check=True)
+    sources = sorted((Path(__file__).parent / "least").glob("*.c"))
+    subprocess.run(["cc", *FLAGS.split(), *sources, "-o", library], check=True)
     return ctypes.CDLL(str(library)).least
 
 
@@ -47,7 +47,7 @@ def statistics(x, at, has_mean):
 
 
 def least_call(least, problem, stream, together=4):
-    """A call that fills problem.out, or None where least.c has none."""
+    """A call that fills problem.out, or None where least/ has none."""
     p, at = problem, view(problem.cell)
     mean, rstd = statistics(p.x, at, p.cell.op != "rms")
     gradients = [np.zeros_like(p.weight) for _ in range(2)]
@@ -69,7 +69,7 @@ def right(call, wanted, out):
 
 
 def measured(cell, least, library, threads, seconds):
-    """A row as bench.run has them; None where least.c has nothing for the shape."""
+    """A row as bench.run has them; None where least/ has nothing for the shape."""
     problem = contenders.Problem(cell, threads)
     wanted = contenders.native(problem, "reference")().copy()
     calls = {"fastnorm": call_of(library, problem)}
