@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(FASTNORM_X86_LEVELS)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #elif !defined(_WIN32)
 #include <unistd.h>
@@ -54,7 +54,7 @@ static int64_t last_level_bytes = 8 << 20;
 static int distant;  /* the last level is about as far as memory */
 static int foresees; /* what is read in order is there before it is asked for */
 
-#if defined(FASTNORM_X86_LEVELS)
+#if defined(__x86_64__)
 /* Bytes of the data cache of a level, 0 where cpuid does not say. sysconf answers from the same
  * instruction, but glibc 2.36 multiplies the third level by cores that a virtual machine does
  * not have. */
@@ -104,10 +104,12 @@ static void count_on_second_levels(void)
 
 __attribute__((constructor)) static void look_at_processor(void)
 {
-#if defined(FASTNORM_X86_LEVELS)
-    const char *wanted = getenv("FASTNORM_ISA");
+#if defined(__x86_64__)
     unsigned a, b = 0, c = 0, d;
     foresees = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+#endif
+#if defined(FASTNORM_X86_LEVELS)
+    const char *wanted = getenv("FASTNORM_ISA");
     const int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* clang 14 has no name */
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
