@@ -37,7 +37,7 @@ for test in test_library test_attack; do
     fi
     [ $levels = 1 ] && at="v2 v3 v4" || at=native
     for level in $at; do
-        echo "$1, $level, $test: $(FASTNORM_ISA=$level "$folder/$test")"
+        echo "$1, at most $level, $test: $(FASTNORM_ISA=$level "$folder/$test")"
     done
 done
 if [ "$1" = address ]; then

@@ -85,7 +85,7 @@ cdef inline int64_t bounds(const plan* p, int64_t unit, int64_t* n, int64_t* set
 
 cdef inline int64_t look_ahead(const plan* p, int64_t unit, int64_t stop) noexcept nogil:
     """Places from a strip to the next before `stop`, where it comes from memory of a processor that
-    does not foresee it (else 1.0 to 1.15 times as long)."""
+    does not foresee it (else 1.0 to 1.2 times as long)."""
     cdef int64_t n, set_
     if not p.task.stream or p.task.foreseen or unit + 1 >= stop:
         return 0

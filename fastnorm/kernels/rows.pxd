@@ -141,7 +141,7 @@ cdef inline int64_t set_start(const fn_task* t, int64_t set_) noexcept nogil:
 
 cdef inline int64_t look_ahead(const plan* p, bint more) noexcept nogil:
     """Places from a group of sets to the next, where it is worth asking for them early: where
-    they come from memory and are kept until their turn comes (else 1.2 to 1.4 times as long), or
+    they come from memory and are kept until their turn comes (else 1.1 to 1.4 times as long), or
     in runs too short for the processor to see them coming."""
     cdef int64_t bytes = p.group * p.task.o * p.task.k * p.task.i * <int64_t> sizeof(stored)
     cdef bint kept = 2 * bytes * (1 if p.task.dy == NULL else 2) <= p.task.near

@@ -196,7 +196,7 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
             for s in range(set_, stop):
                 over_set = over_sets + 2 * (s - set_)
                 finish_terms(p, s, over_set[0], over_set[1], &c[s - set_], masked)
-            # From the last run on, which is the nearest: 0.85 of the time where a set is larger
+            # From the last run on, which is the nearest: 0.87 of the time where a set is larger
             # than the second-level cache. (A forward 1.0.)
             for r in range(t.o - 1, -1, -1):
                 start = set_start(t, set_) + r * p.stride
