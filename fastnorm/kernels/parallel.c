@@ -47,7 +47,9 @@ int fn_available_threads(void)
 
 /* A thread's part of the indices: what was taken last time is in its cache, so it takes the same
  * part in every loop of as many units (1.5 to 3 times faster in cache than turns in order). One
- * that is done helps the others. */
+ * that is done helps the others: from memory, and where not all threads came. In the second-level
+ * caches what it took would move over from one to the other, and back in the next call (1.0 to 1.8
+ * times as long on a Xeon). */
 typedef struct share {
     _Alignas(64) int64_t taken; /* a line each */
 } share;
@@ -56,15 +58,17 @@ enum { MOST_THREADS = 128 };
 
 typedef struct crew {
     int64_t n;
-    int threads, backwards;
+    int threads, helping, backwards;
     fn_body body;
     void *context;
     share shares[MOST_THREADS];
 } crew;
 
-static void work_from(crew *work, int thread)
+/* By one of `came` threads. */
+static void work_from(crew *work, int thread, int came)
 {
-    for (int turn = 0; turn < work->threads; turn++) {
+    const int turns = work->helping || came < work->threads ? work->threads : 1;
+    for (int turn = 0; turn < turns; turn++) {
         int64_t part = (thread + turn) % work->threads;
         int64_t start = part * work->n / work->threads;
         int64_t count = (part + 1) * work->n / work->threads - start, at;
@@ -82,7 +86,7 @@ typedef struct worker {
 static void *work_in_thread(void *argument)
 {
     const worker *self = argument;
-    work_from(self->work, self->thread);
+    work_from(self->work, self->thread, self->work->threads);
     return NULL;
 }
 #endif
@@ -97,18 +101,20 @@ static int most_threads(const fn_task *task, int64_t n)
     return threads < n ? threads : (int)n;
 }
 
-static void run_crew(int threads, int64_t n, fn_body body, void *context, int backwards)
+static void run_crew(int threads, int helping, int64_t n, fn_body body, void *context,
+                     int backwards)
 {
     crew work;
     work.n = n;
     work.threads = threads;
+    work.helping = helping;
     work.backwards = backwards;
     work.body = body;
     work.context = context;
     for (int thread = 0; thread < threads; thread++) work.shares[thread].taken = 0;
 #if defined(_OPENMP) && !defined(FASTNORM_PTHREADS)
 #pragma omp parallel num_threads(threads)
-    work_from(&work, omp_get_thread_num());
+    work_from(&work, omp_get_thread_num(), omp_get_num_threads());
 #else
     int started = 0;
 #if !defined(_WIN32)
@@ -120,7 +126,7 @@ static void run_crew(int threads, int64_t n, fn_body body, void *context, int ba
         started++;
     }
 #endif
-    work_from(&work, 0);
+    work_from(&work, 0, started + 1);
 #if !defined(_WIN32)
     while (started > 0) pthread_join(ids[--started], NULL);
 #else
@@ -134,7 +140,7 @@ void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context
     if (task->parallel_for && task->threads > 1 && n > 1) {
         task->parallel_for(task->user, n, body, context);
     } else if (most_threads(task, n) > 1) {
-        run_crew(most_threads(task, n), n, body, context, backwards);
+        run_crew(most_threads(task, n), task->beyond, n, body, context, backwards);
     } else {
         for (int64_t index = 0; index < n; index++)
             body(context, backwards ? n - 1 - index : index);
