@@ -464,6 +464,28 @@ static fastnorm_status check_backward(const fastnorm_geometry *s, const fastnorm
     }
 }
 
+/* dweight and dbias of many channels go to the caller from all threads, for each has its own of them
+ * in its cache (layer norm of 16x4096 0.7 of the time). */
+enum { GRADIENTS = 2048 };
+
+typedef struct gradients {
+    const fastnorm_backward_args *args;
+    const pieces *part;
+    int64_t channels;
+    int32_t dtype;
+} gradients;
+
+static void put_gradients(void *context, int64_t index)
+{
+    const gradients *all = context;
+    const int64_t first = index * GRADIENTS, left = all->channels - first;
+    const int64_t n = left < GRADIENTS ? left : GRADIENTS;
+    char *dweight = all->args->dweight, *dbias = all->args->dbias;
+    const size_t skip = (size_t)first * fn_size_of(all->dtype);
+    if (dweight) fn_put_all(dweight + skip, all->dtype, all->part->dweight + first, n);
+    if (dbias) fn_put_all(dbias + skip, all->dtype, all->part->dbias + first, n);
+}
+
 fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
                                   const fastnorm_backward_args *args,
                                   const fastnorm_options *given_options)
@@ -522,8 +544,8 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     choose_threads_and_stores(&task, &options, fn_size_of(args->dtype));
     (task.s > 1 ? kernels->across_backward
      : in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
-    fn_put_all(args->dweight, params, part.dweight, channels);
-    fn_put_all(args->dbias, params, part.dbias, channels);
+    gradients all = {args, &part, channels, params};
+    fn_parallel_for(&task, (channels + GRADIENTS - 1) / GRADIENTS, put_gradients, &all, 0);
     free(allocated);
     return FASTNORM_OK;
 }
