@@ -97,6 +97,7 @@ def large_cases():
         Case("batch", (500, 17)),
         Case("batch", (300, 260)),
         Case("batch", (70, 1000)),
+        Case("batch", (150, 1100)),
         Case("batch", (40, 4100)),
         Case("batch", (4, 100, 13, 13)),
         Case("batch", (9, 1, 61, 67)),
