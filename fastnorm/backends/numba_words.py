@@ -148,16 +148,20 @@ def run_products_weighted(x, dy, weight, about):
 
 @inlined
 def sample(x, start, stride, runs, n):
-    """A value near the mean of the set's runs: the average of SAMPLES of its values, exactly the
-    constant of a constant set. The first ones, or of a large set spread over it: to touch a line
-    here and there costs more than the line."""
-    close = n >= SAMPLES and runs * n <= CLOSE
+    """A value near the mean of the set's runs: the average of a few of its values, exactly the
+    constant of a constant set. The first four, or of a large set SAMPLES values spread over it: to
+    touch a line here and there costs more than the line."""
     first = float64(at(x, start))
     total = 0.0
-    for j in range(1, SAMPLES):
-        place = j if close else j * runs // SAMPLES * stride + j * n // SAMPLES
-        total += float64(at(x, start + place)) - first
-    value = first + total / SAMPLES
+    if n >= 4 and runs * n <= CLOSE:
+        for j in range(1, 4):
+            total += float64(at(x, start + j)) - first
+        value = first + total / 4
+    else:
+        for j in range(1, SAMPLES):
+            place = j * runs // SAMPLES * stride + j * n // SAMPLES
+            total += float64(at(x, start + place)) - first
+        value = first + total / SAMPLES
     return on_grid(x, value if abs(value) < 1e37 else 0.0)
 
 

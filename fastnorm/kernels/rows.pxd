@@ -11,8 +11,9 @@ What lost, measured on one core with AVX-512: the sums of four rows of 768 befor
 times as long), one row summed while another is mapped (0.75 to 0.95 of the time from the last
 cache, but 1.0 to 1.15 times in the second and 1.0 to 2 times streamed), asking for the next row
 early where sets are one run (1.0 to 1.1 times), asking for it in the loop of the sums too (1.05 to
-1.2 times), a sample folded as a vector (1.02 to 1.3, though no sample at all is 0.82 to 0.9 at rows
-of 64 to 128), the samples of eight rows before their sums (1.0 to 1.1), asking for lines of y while
+1.2 times), a sample folded as a vector (1.02 to 1.3, though no sample at all is 0.9 at rows of 64),
+the samples of eight rows before their sums (1.0 to 1.1), a map of four vectors of all rows, then of
+the next four, with their weights in registers (0.96 to 1.2), asking for lines of y while
 x is summed (1.1 to 1.15 times), rows that end within a line put together before they are streamed
 (1.0 to 1.35 times, though in a backward it wins), and -funroll-loops (1.2 times in cache). In a
 backward of rows, the parts of dweight merged by all threads (1.1 to 1.3 times). Fused multiply-adds
