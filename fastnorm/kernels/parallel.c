@@ -48,7 +48,7 @@ int fn_available_threads(void)
 /* A thread's part of the indices: what was taken last time is in its cache, so it takes the same
  * part in every loop of as many units (1.5 to 3 times faster in cache than turns in order). One
  * that is done helps the others: from memory, and where not all threads came. In the second-level
- * caches what it took would move over from one to the other, and back in the next call (1.0 to 1.8
+ * caches what it took would move over from one to the other, and back in the next call (1.0 to 1.16
  * times as long on a Xeon). */
 typedef struct share {
     _Alignas(64) int64_t taken; /* a line each */
