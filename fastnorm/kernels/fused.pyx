@@ -6,8 +6,8 @@ The backward finds z, the activation's input, again from x: that reads no more t
 would, and serves every activation. The gradient in front of the activation is written once, where
 the residual's gradient goes, or without a residual where dx goes, and the sums and the map read it
 there; x and it are in cache where a set is. Behind ReLU alone it costs less to find it twice, in
-registers, than to write it: the sums and the map have a gate (0.5 to 0.8 of the time). (SiLU's found
-twice, 2048 values at a time, where a set is larger than the second-level cache: 0.93, not worth it.)
+registers, than to write it: the sums and the map have a gate (0.5 to 0.8 of the time). (SiLU's
+found twice, 2048 values at a time, where a set is larger than the second-level cache: 0.93.)
 """
 
 from libc.stdint cimport int64_t
