@@ -94,7 +94,7 @@ cdef inline int64_t whole_lines(int64_t n) noexcept nogil:
 cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     """Cut sets whose contiguous runs have n values into tiles and blocks."""
     cdef int64_t bytes = t.o * t.k * t.i * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
-    cdef int64_t blocks, threads = maximum(1, t.threads)
+    cdef int64_t blocks, most, lines, threads = maximum(1, t.threads)
     p.task = t
     p.sets = t.b * t.g
     p.n = n
@@ -113,11 +113,17 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
             p.group = maximum(1, minimum(ceil_div(ROWS, t.k), t.l2 // 4 // bytes))
     else:
         # Half the cache for what is under way, half for what map_places asks for.
-        p.group = maximum(1, minimum(minimum(BLOCK, ceil_div(t.g, 8)), t.l2 * 3 // 8 // bytes))
+        most = minimum(BLOCK, t.l2 * 3 // 8 // bytes)
+        p.group = ceil_div(t.g, 8)
         if in_slabs(t):
-            p.group = maximum(1, minimum(p.group, (2 * SLAB if t.stream else SLAB) // n))
-            # Rows of a group start at lines then: 0.75 to 0.95 of the time in cache.
-            p.group -= p.group % whole_lines(n) if p.group > whole_lines(n) else 0
+            most = minimum(most, (2 * SLAB if t.stream else SLAB) // n)
+            # Rows of a group start at lines: 0.5 to 0.95 of the time in cache.
+            lines = whole_lines(n)
+            if lines <= most and lines * threads <= t.g:
+                p.group = maximum(p.group, lines)
+            p.group = minimum(p.group, most)
+            p.group -= p.group % lines if p.group > lines else 0
+        p.group = maximum(1, minimum(p.group, most))
         p.block = maximum(1, t.g // (8 * threads) // p.group) * p.group
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     # What a part sums of dweight crosses from core to core: of a quarter as many rows, parts took
