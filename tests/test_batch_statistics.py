@@ -148,6 +148,41 @@ def test_ghost_batches(layout, ghost_size, fused, engine):
     assert np.array_equal(again, plain)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels", [1, 5, 300, 1100, 4100])
+@pytest.mark.parametrize("samples", [1, 2, 40])
+@pytest.mark.parametrize("counts", [True, False, None], ids=["valid", "padding", "unmasked"])
+def test_frozen_rows(counts, samples, channels, dtype, engine):
+    """Few rows, a single one too, and columns up to where they are cut into strips."""
+    seed = np.random.default_rng(channels)
+    x, dy, residual = seed.normal(1, 2, (3, samples, channels)).astype(dtype)
+    mean, weight, bias = seed.normal(1, 0.5, (3, channels)).astype(dtype)
+    var = seed.uniform(0.5, 2, channels).astype(dtype)
+    common = {"backend": engine, "num_threads": 2}
+    if counts is not None:
+        common["mask"] = np.full(samples, counts)
+    forth = {"statistics": "running", "update": False, "return_stats": True, **common}
+    y, stats = fastnorm.batch_norm(x, mean, var, weight, bias, True, **forth)
+    z = fastnorm.batch_norm(
+        x, mean, var, weight, bias, True, residual=residual, activation="relu", **forth
+    )[0]
+    found = fastnorm.batch_norm_backward(dy, x, stats, weight, **common)
+    dz = fastnorm.batch_norm_backward(dy, x, stats, weight, bias=bias, activation="relu", **common)
+    rstd = 1 / np.sqrt(var.astype(float) + 1e-5)
+    xhat = (x - mean.astype(float)) * rstd
+    wanted = xhat * weight + bias
+    gated = dy * (wanted > 0)
+    counted = 1.0 if counts is None else float(counts)
+    close = {"rtol": 1e-5, "atol": 1e-4 if dtype == np.float32 else 1e-11}
+    np.testing.assert_allclose(y, counted * wanted, **close)
+    np.testing.assert_allclose(z, counted * np.maximum(wanted + residual, 0), **close)
+    np.testing.assert_allclose(found.dx, counted * dy * rstd * weight, **close)
+    np.testing.assert_allclose(found.dweight, counted * (dy * xhat).sum(0), **close)
+    np.testing.assert_allclose(found.dbias, counted * dy.astype(float).sum(0), **close)
+    np.testing.assert_allclose(dz.dx, counted * gated * rstd * weight, **close)
+    np.testing.assert_allclose(dz.dbias, counted * gated.sum(0), **close)
+
+
 def test_ghost_batches_in_place():
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     y, stats = fastnorm.batch_norm(x, training=True, ghost_size=3, return_stats=True)

@@ -1,5 +1,5 @@
-"""The columns loop order in Numba: i == 1 and o > 1. Sums run down the columns of a slice's
-(o, g*k) matrix, one slice for each b.
+"""The columns loop order in Numba: i == 1 and o > 1, or one row. Sums run down the columns of a
+slice's (o, g*k) matrix, one slice for each b.
 
 Few columns would leave vectors empty, so the matrix is read as (o/copies, copies*g*k) and the
 copies of a column are merged; `rest` values are left over as one more, shorter row. `cut` is

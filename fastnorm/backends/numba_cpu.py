@@ -140,7 +140,8 @@ class Plan(NamedTuple):
 
 
 def _in_columns(geometry):
-    return geometry.i == 1 and geometry.o > 1
+    one_row = geometry.b == geometry.k == 1  # of channels that are a set each
+    return geometry.i == 1 and (geometry.o > 1 or one_row)
 
 
 def _as_runs(geometry):

@@ -1,5 +1,6 @@
 """The columns loop order: i == 1 and o > 1, so that neighbouring values belong to neighbouring
-channels, and sums run down the columns of an (o, g*k) matrix, one for each b.
+channels, and sums run down the columns of an (o, g*k) matrix, one for each b. A single row of
+channels that are a set each is one too.
 
 Few columns would leave vectors empty. The matrix (o, c) is therefore read as (o/r, r*c), with
 r*c a multiple of the vector; the r copies of a column are merged when its sums are finished.
@@ -48,6 +49,7 @@ cdef enum:
 
 cdef struct plan:
     const fn_task* task
+    bint summed  # statistics, or a gradient's terms, are found
     int64_t channels
     int64_t copies  # r
     int64_t width  # r*channels

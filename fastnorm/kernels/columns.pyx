@@ -11,6 +11,7 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     cdef int64_t fit, least, strips
     cdef bint each
     p.task = t
+    p.summed = t.dy != NULL or not t.given
     p.channels = t.g * t.k
     p.copies = 1
     p.width = p.channels
@@ -343,9 +344,10 @@ cdef void unit_map(void* context, int64_t index) noexcept nogil:
 cdef void do_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     """All steps of some columns."""
     cdef int64_t tile
-    start_columns(p, b, c0, c1)
-    for tile in range(p.tiles):
-        sum_tile(p, b, tile, c0, c1)
+    if p.summed:
+        start_columns(p, b, c0, c1)
+        for tile in range(p.tiles):
+            sum_tile(p, b, tile, c0, c1)
     finish_columns(p, b, c0, c1)
     for tile in range(p.tiles - 1, -1, -1):
         map_tile(p, b, tile, c0, c1)
@@ -367,16 +369,14 @@ cdef void run_batch(plan* p) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef int64_t bytes = t.o * p.channels * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2)
     cdef int64_t strips = p.batch * ceil_div(p.width, p.strip)
-    if t.given and t.dy == NULL:
-        finish_columns(p, p.b0, 0, p.width)
-        fn_parallel_for(t, p.tiles, unit_map, p, True)
-    elif p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
+    if p.batch > 1 and (bytes < t.l2 or p.batch >= 32):
         fn_parallel_for(t, p.batch, unit_whole, p, False)
     elif p.finishing:
         fn_parallel_for(t, strips, unit_strip, p, False)
     else:
-        fn_parallel_for(t, strips, unit_start, p, False)
-        fn_parallel_for(t, p.batch * p.tiles, unit_sums, p, False)
+        if p.summed:
+            fn_parallel_for(t, strips, unit_start, p, False)
+            fn_parallel_for(t, p.batch * p.tiles, unit_sums, p, False)
         fn_parallel_for(t, strips, unit_finish, p, False)
         fn_parallel_for(t, p.batch * p.tiles, unit_map, p, True)
 

@@ -330,10 +330,10 @@ cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1)
 
 cdef void finish_forward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexcept nogil:
     cdef const fn_task* t = p.task
-    cdef double* means = sums_of(p, b, 0)
+    cdef int64_t last = minimum(t.g, c1)  # strips cut columns that are groups
     if t.given:
-        memcpy(means, t.mean, t.g * sizeof(double))
-        memcpy(means + p.width, t.var, t.g * sizeof(double))
+        memcpy(sums_of(p, b, 0) + c0, t.mean + c0, (last - c0) * sizeof(double))
+        memcpy(sums_of(p, b, 0) + p.width + c0, t.var + c0, (last - c0) * sizeof(double))
     else:
         merge_tiles(p, b, c0, c1)
         column_moments(p, b, c0, c1)
@@ -341,8 +341,7 @@ cdef void finish_forward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
             merge_copies(p, b)
         if t.k > 1:
             merge_channels(p, b)
-    # Strips cut columns that are groups.
-    forward_coefficients(p, b, c0, minimum(t.g, c1))
+    forward_coefficients(p, b, c0, last)
 
 
 # ---- backward ----------------------------------------------------------------------------

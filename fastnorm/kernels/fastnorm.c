@@ -140,7 +140,12 @@ typedef struct pieces {
     void *scratch;
 } pieces;
 
-static int in_columns(const fn_task *task) { return task->i == 1 && task->o > 1; }
+/* One row of channels that are a set each, as inference of a single sample has it, too: 0.15 to 0.4 of the
+ * time. */
+static int in_columns(const fn_task *task)
+{
+    return task->i == 1 && (task->o > 1 || (task->b == 1 && task->k == 1));
+}
 
 static size_t scratch_bytes(const fn_task *task, const fn_kernels *kernels)
 {
@@ -149,7 +154,7 @@ static size_t scratch_bytes(const fn_task *task, const fn_kernels *kernels)
 }
 
 /* Whether a mask cuts sets, rather than leaving out whole ones. */
-static int has_counts(const fn_task *task) { return task->o * task->i > 1; }
+static int has_counts(const fn_task *task) { return task->o * task->i > 1 || in_columns(task); }
 
 static void lay_out(arena *from, const fn_task *task, int32_t dtype, const fn_kernels *kernels,
                     pieces *out)

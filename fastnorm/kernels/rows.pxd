@@ -1,4 +1,5 @@
-"""The rows loop order: i > 1, or o == 1, so that a set is `o` contiguous runs of k*i values.
+"""The rows loop order: i > 1, or o == 1, so that a set is `o` contiguous runs of k*i values (a
+single row of sets of one value is columns).
 
 Sets are numbered in memory order, set = b_index*g + g_index. A set, or a block of neighbouring
 ones, is finished while it is in the second-level cache, so that a forward reads x once and
