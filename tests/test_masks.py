@@ -43,12 +43,12 @@ CASES = [
     Case("rms", (5, 7, 96)),
 ]
 # Layer and RMS norm of the channels of (N, C, *spatial), as they lie.
-ACROSS = [(3, 5, 7), (3, 96, 5, 13), (3, 700, 70)]
+ACROSS = [(3, 5, 7), (3, 96, 5, 13), (3, 700, 70), (1, 300, 130)]
 KINDS = ["random", "prefix", "all"]
 
 
 def mask_of(kind, shape):
-    """Sample 1 has nothing that counts, and sample 2 all, but where all do."""
+    """Sample 1, if there is one, has nothing that counts, and sample 2 all, but where all do."""
     rng = np.random.default_rng(7)
     if kind == "all":
         return np.ones(shape, bool)
@@ -57,7 +57,7 @@ def mask_of(kind, shape):
     else:
         lengths = rng.integers(1, shape[-1] + 1, shape[:-1])
         mask = np.arange(shape[-1]) < lengths[..., np.newaxis]
-    mask[1], mask[2] = False, True
+    mask[1:2], mask[2:3] = False, True
     return mask
 
 

@@ -32,6 +32,9 @@ from fastnorm.backends.numba_words import (
 )
 
 STRIP = 196608  # bytes of a strip that leave room in a second-level cache
+CACHED = 1 << 20  # of strips that are there until they are mapped, at most
+PAGE = 4096
+SHORT = 1024  # bytes from row to row, up to which memory is read as it lies
 MOST_PLACES = 1024
 TOGETHER = 8  # rows mapped together: what belongs to places is loaded once (0.7 to 0.9)
 FAR = 3072  # bytes from a row to the next, from which several are read together: nearer, the
@@ -42,13 +45,16 @@ PARTS = 32  # of the strips, that sum dweight each for themselves
 
 @lru_cache(maxsize=1024)
 def cut_strips(geometry, itemsize, arrays):
-    """(places of a strip, parts), by the geometry alone; `arrays` are read and written."""
-    row = geometry.k * itemsize
-    places = min(MOST_PLACES, max(64, STRIP // row))
-    strips = -(-geometry.s // places)
-    places = min(geometry.s, -(-geometry.s // strips // 16) * 16)
-    if geometry.s * row <= (4 if arrays == 2 else 2) * STRIP:  # one piece is foreseen
-        places = min(geometry.s, MOST_PLACES)
+    """(places of a strip, parts), by the geometry alone; `arrays` are read and written. The rules
+    are those of kernels/across.pxd."""
+    row, inputs = geometry.s * itemsize, arrays - 1
+    least = 64 if inputs == 1 else 128
+    crowded = max(least * itemsize, min(PAGE, row & -row)) * geometry.k * inputs
+    places = max(least, STRIP // (geometry.k * itemsize))
+    if row <= SHORT or geometry.k * row <= 4 // inputs * STRIP or crowded > CACHED:
+        places = MOST_PLACES
+    strips = -(-geometry.s // min(MOST_PLACES, places))
+    places = min(geometry.s, -(-geometry.s // strips // 32) * 32)
     units = geometry.b * -(-geometry.s // places)
     return places, min(units, PARTS, max(4, (1 << 16) // geometry.k))
 
