@@ -16,8 +16,8 @@ from libc.string cimport memset
 from fastnorm.kernels.words cimport (
     ALL_VALID, BATCH, NONE_VALID, OF_ALL, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, affine_map,
     blank_gaps, coefficients, edge, fetch, fn_task, head, load, load_part, load_work,
-    load_work_part, minimum, past, past_weight, place_in_mask, put, put_all, put_ends, splat, store,
-    store_part, stored, streams, stretch, vec, work,
+    load_work_part, minimum, past, past_weight, place_in_mask, plain_head, put, put_all, put_ends,
+    splat, store, store_part, stored, streams, stretch, vec, work,
 )
 
 
@@ -120,10 +120,12 @@ cdef inline void map_with(
     for _r in range(rows):
         streaming = streams(stream, <const stored*> t.y + at)
         lead = head(<const stored*> t.y + at, n, &streaming)
+        if simple and not streaming and not backward:
+            lead = plain_head(<const stored*> t.y + at, n)
         p = 0
         if lead > 0:
             own = c
-            p = map_end_of_fused(t, at, 0, lead, &own, ends)
+            p = map_end_of_fused(t, at, 0, lead, &own, ends if streaming else NULL)
         while p + TOGETHER * WIDTH <= n:
             if ahead:
                 for v in range(TOGETHER):

@@ -242,10 +242,10 @@ cdef inline vec mapped_part(const stored* x, const stored* dy, int64_t p, int64_
 
 
 cdef inline int64_t map_batches(
-    const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* c, const vec* one,
-    int64_t ahead
+    const stored* x, const stored* dy, stored* y, int64_t p, int64_t n, const coefficients* c,
+    const vec* one, int64_t ahead
 ) noexcept nogil:
-    """map_places of whole batches, at least one; how many values they were.
+    """map_places of the places [p, n), as many as are whole batches, at least one; where they end.
 
     A batch is loaded before the one in front of it is stored: where y lies a little behind x
     modulo 4096, a load seems to depend on the store just before it (1.1 to 1.3 times as long in
@@ -254,9 +254,8 @@ cdef inline int64_t map_batches(
     cdef vec now_dy[BATCH]
     cdef vec later[BATCH]
     cdef vec later_dy[BATCH]
-    cdef int64_t p = 0
     cdef int v
-    load_batch(now, now_dy, x, dy, ahead, BATCH)
+    load_batch(now, now_dy, x + p, past(dy, p), ahead, BATCH)
     while p + 2 * BATCH * WIDTH <= n:
         load_batch(later, later_dy, x + p + BATCH * WIDTH, past(dy, p + BATCH * WIDTH), ahead,
                    BATCH)
@@ -324,9 +323,14 @@ cdef inline void map_places(
         if stop < n:
             map_end(x, dy, y, stop, n, &own, ends)
         return
-    if (n >= BATCH * WIDTH and (c.which != OF_PLACES or until_aligned(y) == 0)
+    lead = plain_head(y, n)
+    while p < lead:
+        stop = minimum(WIDTH, lead - p)
+        store_part(y + p, stop, mapped_part(x, dy, p, stop, &c, one))
+        p += stop
+    if (n - p >= BATCH * WIDTH and (c.which != OF_PLACES or until_aligned(y + p) == 0)
             and (dy == NULL or REGISTERS > 4 * BATCH)):
-        p = map_batches(x, dy, y, n, &c, one, ahead)
+        p = map_batches(x, dy, y, p, n, &c, one, ahead)
     p = map_vectors(x, dy, y, p, n, &c, one, False, ahead)
     if p < n:
         store_part(y + p, n - p, mapped_part(x, dy, p, n - p, &c, one))

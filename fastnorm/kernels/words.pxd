@@ -141,6 +141,7 @@ cdef enum:
     RUN = 128  # values of a column summed in the working type before they meet a double
     MOST_WIDTH = 16  # of a vec
     SHORTEST = 800  # bytes of a run that is streamed though its ends are not whole lines
+    LONG = 128  # values of a run whose plain stores start at a line
     STRETCH = 1024  # values of a run whose mask is looked at together
     PATCH = 1 << 14  # bytes of memory: the runs that start there are streamed, or none of them is
 
@@ -249,6 +250,12 @@ cdef inline bint streams(int stream, const stored* y) noexcept nogil:
     # Fibonacci hashing: as many of those that any power of two lies between.
     cdef uint32_t spread = <uint32_t> (<uintptr_t> y // PATCH) * <uint32_t> 2654435769
     return stream == STREAM_ALL or <int64_t> spread * STREAM_ALL >> 32 < stream
+
+
+cdef inline int64_t plain_head(const stored* y, int64_t n) noexcept nogil:
+    """Values before y's first line, where a run is long enough to be stored in whole lines from
+    there on: vectors that straddle two take up to 1.5 times as long."""
+    return maximum(0, until_aligned(y)) if n >= LONG else 0
 
 
 cdef inline int64_t head(const stored* y, int64_t n, bint* streaming) noexcept nogil:
