@@ -59,10 +59,10 @@ def forward(
         out_sum is None or _plain(x, out_sum, (*parameters, out), (residual,))
     ):
         view, first, is_out = x, channel_order, out is not None
-        y = out if is_out else np.empty(x.shape, x.dtype)
+        y = out if is_out else geometry.empty(x.shape, x.dtype)
         if with_sum and residual is not None:
             is_out_sum = out_sum is not None
-            total = out_sum if is_out_sum else np.empty(x.shape, x.dtype)
+            total = out_sum if is_out_sum else geometry.empty(x.shape, x.dtype)
             fused = fused._replace(sum=total)
     else:
         names = ("weight", "bias", "running_mean", "running_var")
@@ -121,7 +121,7 @@ def _place(view, first, out, channel_order):
         lying, out_first = geometry.lying(out, channel_order)
         if lying is not None and out_first == first:
             return lying, True
-    return np.empty(view.shape, view.dtype), False
+    return geometry.empty(view.shape, view.dtype), False
 
 
 def _hand_out(y, first, out, is_out, channel_order):
@@ -165,7 +165,7 @@ def backward(
         flags |= GIVEN_STATISTICS
     if plain:
         view, grad, first, is_out = x, dy, channel_order, out is not None
-        dx = out if is_out else np.empty(x.shape, x.dtype)
+        dx = out if is_out else geometry.empty(x.shape, x.dtype)
     else:
         view, first = geometry.as_it_lies(x, channel_order)
         grad = _laid(dy, channel_order, first)

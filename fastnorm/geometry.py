@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+LINE = 64  # bytes
+ALIGNED = 32768  # bytes of an array from which it is worth it to start at a line
 CHANNELS_FIRST = {"NCHW": True, "channels_first": True, "NHWC": False, "channels_last": False}
 
 
@@ -121,3 +123,14 @@ def across(shape, start, stop):
     behind = prod(shape[stop:])
     return Geometry(prod(shape[:start]) * min(behind, 1), 1, 1, prod(shape[start:stop]), 1,
                     max(behind, 1))
+
+
+def empty(shape, dtype):
+    """np.empty, from a cache line on: NumPy's memory starts 16 bytes behind one, where every other
+    store of a vector straddles two (calls took 1.0 to 1.6 times as long)."""
+    size = prod(shape) * dtype.itemsize
+    if size + LINE - 1 < ALIGNED:
+        return np.empty(shape, dtype)
+    memory = np.empty(size + LINE - 1, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size].view(dtype).reshape(shape)

@@ -1,10 +1,13 @@
 """No call needs a temporary of its arrays' size: beyond its outputs it allocates little."""
 
 import ctypes
+import pickle
 import tracemalloc
 
 import numpy as np
 import pytest
+from cases import DTYPES
+from test_grid import skip_what_it_does_not_serve
 
 import fastnorm
 from fastnorm import geometry
@@ -89,3 +92,23 @@ def test_python_allocates_nothing_of_the_size_of_x(norm, layout):
         finally:
             tracemalloc.stop()
         assert peak < LIMIT
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", CALLS)
+def test_what_a_call_allocates_starts_at_a_cache_line(norm, dtype, transposed, engine):
+    """And is an array as any other, whether the call is done whole or the long way."""
+    skip_what_it_does_not_serve(engine, dtype)
+    x = np.ones((4, 64, 16, 16), dtype)
+    if transposed:
+        x = x.transpose(0, 1, 3, 2)
+    y, stats = CALLS[norm](x, return_stats=True, backend=engine)
+    dx = BACKWARDS[norm](x, x, stats, backend=engine).dx
+    for made in (y, dx):
+        assert made.ctypes.data % 64 == 0
+        assert made.shape == x.shape
+        assert made.flags.writeable
+        assert made.dtype == dtype
+        assert type(made) is np.ndarray
+    assert np.array_equal(pickle.loads(pickle.dumps(y)), y)

@@ -16,10 +16,13 @@ from fastnorm.backends import (
     Fused,
 )
 from fastnorm.dtypes import TABLE
-from fastnorm.geometry import CHANNELS_FIRST, batch, group, rows
+from fastnorm.geometry import ALIGNED, CHANNELS_FIRST, LINE, batch, group, rows
 from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
 cnp.import_array()
+
+cdef size_t line = LINE
+cdef cnp.npy_intp aligned = ALIGNED
 
 
 cdef extern from "fastnorm.h" nogil:
@@ -416,8 +419,19 @@ cdef bint may_hand_out(int kind_after, object dy, cnp.ndarray x, object weight, 
 
 
 cdef inline object room_like(object x):
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray> x), cnp.PyArray_DIMS(<cnp.ndarray> x),
-                             cnp.PyArray_TYPE(<cnp.ndarray> x), 0)
+    """geometry.empty, sooner."""
+    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray> x), kind = cnp.PyArray_TYPE(<cnp.ndarray> x)
+    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(<cnp.ndarray> x)
+    cdef cnp.npy_intp size = cnp.PyArray_NBYTES(<cnp.ndarray> x) + line - 1
+    cdef object memory, room
+    cdef char* first
+    if size < aligned:
+        return cnp.PyArray_EMPTY(ndim, shape, kind, 0)
+    memory = cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
+    first = cnp.PyArray_BYTES(<cnp.ndarray> memory)
+    room = cnp.PyArray_SimpleNewFromData(ndim, shape, kind, first + -<size_t> first % line)
+    cnp.set_array_base(<cnp.ndarray> room, memory)
+    return room
 
 
 cdef inline int statistics_axes(int norm, cnp.ndarray x, fastnorm_geometry* sizes,
