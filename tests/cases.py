@@ -91,6 +91,8 @@ def large_cases():
     return [
         Case("batch", (32, 20, 7, 7)),
         Case("batch", (300, 50, 5, 5)),
+        Case("batch", (70, 11, 5, 7)),
+        Case("batch", (260, 43, 7, 7)),
         Case("batch", (9, 3, 61, 67)),
         Case("batch", (2, 3, 300, 301)),
         Case("batch", (3, 2, 70001)),

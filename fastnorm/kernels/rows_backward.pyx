@@ -220,13 +220,43 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
         differentiate_block(<const plan*> context, index, True)
 
 
+cdef inline void start_slab(const plan* p, int64_t set_, int64_t s, terms* c,
+                            slab* w) noexcept nogil:
+    """The start of a set's terms, and what its sums are taken about in its places of a slab."""
+    cdef affine z
+    start_terms(p.task, set_, c)
+    fill(w.hi + s * p.n, p.n, c.hi)
+    if p.task.upstream != NULL or p.task.gated:
+        z = gate_of(p.task, set_, set_)
+        fill(w.gate_scale + s * p.n, p.n, z.scale)
+        fill(w.gate_shift + s * p.n, p.n, z.shift)
+
+
+cdef inline void sum_slabs_back(const plan* p, int64_t at, int64_t row, int64_t stop, int64_t sets,
+                                slab* w, double* sums) noexcept nogil:
+    """sum_slabs of samples whose first set is at `at` in the first sample."""
+    cdef const fn_task* t = p.task
+    cdef coefficients input
+    if t.upstream != NULL:
+        input = affine_map(OF_PLACES, w.hi, w.gate_scale, w.gate_shift)
+        map_fused(t, at + row * p.stride, sets * p.n, stop - row, p.stride, &input, NULL)
+    sum_slabs(p, <const stored*> t.x + at, <const stored*> t.dy + at, row, stop, sets, w, sums)
+
+
+cdef inline void finish_slab(const plan* p, int64_t set_, int64_t s, const double* over_set,
+                             terms* c, slab* w) noexcept nogil:
+    """What a set is mapped with."""
+    finish_terms(p, set_, over_set[0], over_set[1], c, False)
+    fill(w.s + s * p.n, p.n, c.scale)
+    fill(w.q + s * p.n, p.n, c.shift)
+    fill(w.d + s * p.n, p.n, <work> (
+        c.rstd * <double> (<const work*> p.task.weight)[set_]))
+
+
 cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
     """backward_block in slabs."""
     cdef const plan* p = <const plan*> context
-    cdef const fn_task* t = p.task
     cdef slab w
-    cdef affine z
-    cdef coefficients input
     cdef terms c[BLOCK]
     cdef double sums[2 * BLOCK]
     cdef double over_set[2]
@@ -234,28 +264,53 @@ cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
     while first < end:
         sets = minimum(p.group, end - first)
         for s in range(sets):
-            start_terms(t, first + s, &c[s])
-            fill(w.hi + s * p.n, p.n, c[s].hi)
-        if t.upstream != NULL or t.gated:
-            for s in range(sets):
-                z = gate_of(t, first + s, first + s)
-                fill(w.gate_scale + s * p.n, p.n, z.scale)
-                fill(w.gate_shift + s * p.n, p.n, z.shift)
-        if t.upstream != NULL:
-            input = affine_map(OF_PLACES, w.hi, w.gate_scale, w.gate_shift)
-            map_fused(t, first * p.n, sets * p.n, t.o, p.stride, &input, NULL)
-        sum_slabs(p, <const stored*> t.x + first * p.n, <const stored*> t.dy + first * p.n, sets,
-                  &w, sums)
+            start_slab(p, first + s, s, &c[s], &w)
+        sum_slabs_back(p, first * p.n, 0, p.task.o, sets, &w, sums)
         for s in range(sets):
             over_set[0] = over_set[1] = 0
-            add_channel(p, first + s, sums + 2 * s, &c[s], p.partial, p.partial + t.g, over_set)
-            finish_terms(p, first + s, over_set[0], over_set[1], &c[s], False)
-            fill(w.s + s * p.n, p.n, c[s].scale)
-            fill(w.q + s * p.n, p.n, c[s].shift)
-            fill(w.d + s * p.n, p.n, <work> (
-                c[s].rstd * <double> (<const work*> t.weight)[first + s]))
-        map_slabs(p, first * p.n, sets, &w)
+            add_channel(p, first + s, sums + 2 * s, &c[s], p.partial, p.partial + p.sets, over_set)
+            finish_slab(p, first + s, s, over_set, &c[s], &w)
+        map_slabs(p, first * p.n, p.task.o, sets, &w)
         first += sets
+
+
+cdef void sheet_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef sheet a = sheet_of(p, index)
+    cdef slab w
+    cdef terms c
+    cdef int64_t s
+    for s in range(a.sets):
+        start_slab(p, a.first + s, s, &c, &w)
+    sum_slabs_back(p, a.first * p.n, a.row, a.stop, a.sets, &w, a.sums)
+
+
+cdef void sheet_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef sheet a = sheet_of(p, index)
+    cdef slab w
+    cdef terms c
+    cdef int64_t s
+    for s in range(a.sets):
+        start_slab(p, a.first + s, s, &c, &w)
+        finish_slab(p, a.first + s, s, of_all_sheets(p, a.first + s), &c, &w)
+    map_slabs(p, a.row * p.stride + a.first * p.n, a.stop - a.row, a.sets, &w)
+
+
+cdef void backward_sheets(plan* p) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef double sums[2]
+    cdef double* over_set
+    cdef terms c
+    cdef int64_t s
+    fn_parallel_for(t, all_sheets(p), sheet_sums, p, False)
+    for s in range(p.sets):
+        over_set = of_all_sheets(p, s)
+        over_set[0] = over_set[1] = t.dweight[s] = t.dbias[s] = 0
+        start_terms(t, s, &c)
+        merge_sheets(p, s, sums)
+        add_channel(p, s, sums, &c, t.dweight, t.dbias, over_set)
+    fn_parallel_for(t, all_sheets(p), sheet_map, p, True)
 
 
 cdef inline void unit_bounds(const plan* p, int64_t index, int64_t* set_, int64_t* k0, int64_t* k1,
@@ -336,7 +391,9 @@ cdef public void rows_backward(const fn_task* task) noexcept nogil:
         own.upstream = own.dy
         own.dy = own.y
     p.blocks = ceil_div(t.g, p.block)
-    if t.i == 1:
+    if p.sheets > 1:
+        backward_sheets(&p)
+    elif t.i == 1:
         elements_backward(&p)
     elif few_and_large(&p):
         memset(t.dweight, 0, t.g * t.k * sizeof(double))

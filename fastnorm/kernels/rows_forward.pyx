@@ -17,6 +17,8 @@ cdef public size_t rows_scratch(const fn_task* t) noexcept nogil:
     backward = 2 * p.b_tiles * t.g * t.k
     if few_and_large(&p):
         backward = maximum(backward, 2 * p.sets * (t.k * p.tiles + 1))
+    if t.b == t.k == 1 and 1 < t.i < SHORT_RUN:  # in sheets, perhaps
+        backward = maximum(backward, (2 * SHEETS + 3) * t.g)
     return maximum(forward, backward) * sizeof(double)
 
 
@@ -435,12 +437,20 @@ cdef void forward_few(void* context, int64_t index) noexcept nogil:
         normalize_few(<const plan*> context, index, True)
 
 
+cdef inline void fill_forward(const plan* p, int64_t set_, double mean, double rstd, int64_t s,
+                              slab* w) noexcept nogil:
+    """What a set is mapped with, into its places of a slab, the s-th ones."""
+    cdef affine c = affine_of(p.task, set_, mean, rstd)
+    fill(w.hi + s * p.n, p.n, c.hi)
+    fill(w.s + s * p.n, p.n, c.scale)
+    fill(w.q + s * p.n, p.n, c.shift)
+
+
 cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
     """forward_block in slabs."""
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef slab w
-    cdef affine c
     cdef work about[BLOCK]
     cdef double sums[2 * BLOCK]
     cdef double mean, rstd
@@ -451,19 +461,57 @@ cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
             for s in range(sets):
                 about[s] = sample(p, first + s, False)
                 fill(w.hi + s * p.n, p.n, about[s])
-            sum_slabs(p, <const stored*> t.x + first * p.n, NULL, sets, &w, sums)
+            sum_slabs(p, <const stored*> t.x + first * p.n, NULL, 0, t.o, sets, &w, sums)
         for s in range(sets):
             if t.given:
                 mean = t.mean[first + s]
                 rstd = p.partial[first + s]
             else:
                 finish_set(p, first + s, about[s], sums + 2 * s, &mean, &rstd, False)
-            c = affine_of(t, first + s, mean, rstd)
-            fill(w.hi + s * p.n, p.n, c.hi)
-            fill(w.s + s * p.n, p.n, c.scale)
-            fill(w.q + s * p.n, p.n, c.shift)
-        map_slabs(p, first * p.n, sets, &w)
+            fill_forward(p, first + s, mean, rstd, s, &w)
+        map_slabs(p, first * p.n, t.o, sets, &w)
         first += sets
+
+
+cdef void sheet_sums(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef sheet a = sheet_of(p, index)
+    cdef slab w
+    cdef int64_t s
+    for s in range(a.sets):
+        fill(w.hi + s * p.n, p.n, <work> of_all_sheets(p, a.first + s)[0])
+    sum_slabs(p, <const stored*> p.task.x + a.first * p.n, NULL, a.row, a.stop, a.sets, &w, a.sums)
+
+
+cdef void sheet_map(void* context, int64_t index) noexcept nogil:
+    cdef const plan* p = <const plan*> context
+    cdef sheet a = sheet_of(p, index)
+    cdef slab w
+    cdef double* found
+    cdef int64_t s
+    for s in range(a.sets):
+        found = of_all_sheets(p, a.first + s)
+        fill_forward(p, a.first + s, found[1], found[2], s, &w)
+    map_slabs(p, a.row * p.stride + a.first * p.n, a.stop - a.row, a.sets, &w)
+
+
+cdef void forward_sheets(plan* p) noexcept nogil:
+    cdef const fn_task* t = p.task
+    cdef double sums[2]
+    cdef double* found
+    cdef int64_t s
+    for s in range(p.sets):
+        of_all_sheets(p, s)[0] = 0 if t.given else sample(p, s, False)
+    if not t.given:
+        fn_parallel_for(t, all_sheets(p), sheet_sums, p, False)
+    for s in range(p.sets):
+        found = of_all_sheets(p, s)
+        if t.given:
+            found[1], found[2] = t.mean[s], 1.0 / sqrt(t.var[s] + t.eps)
+        else:
+            merge_sheets(p, s, sums)
+            finish_set(p, s, <work> found[0], sums, found + 1, found + 2, False)
+    fn_parallel_for(t, all_sheets(p), sheet_map, p, True)
 
 
 cdef void forward_tile_sums(void* context, int64_t index) noexcept nogil:
@@ -522,6 +570,9 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
     cdef double sums[2]
     cdef double* found
     cut(&p, t, t.k * t.i)
+    if p.sheets > 1:
+        forward_sheets(&p)
+        return
     if t.given:
         for set_ in range(t.g):
             p.partial[set_] = 1.0 / sqrt(t.var[set_] + t.eps)
