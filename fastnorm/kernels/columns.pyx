@@ -81,8 +81,8 @@ cdef inline void flush_columns(int64_t width, work* lanes, double* total) noexce
 
 
 cdef inline int64_t before_lines(const plan* p, int64_t at, int64_t n) noexcept nogil:
-    """Values of y from `at` on before its first line, where rows are whole lines and streamed, or so
-    few vectors that their ends weigh."""
+    """Values of y from `at` on before its first line, where rows are whole lines and streamed, or
+    so few vectors that their ends weigh."""
     cdef int64_t first = until_aligned(<const stored*> p.task.y + at)
     if ((p.task.stream == 0 and p.width >= LONG) or n < p.width or p.width > STRIP
             or p.width * <int64_t> sizeof(stored) % 64 != 0):
