@@ -5,6 +5,7 @@ from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.rows cimport *
 from fastnorm.kernels.runs cimport *
+from fastnorm.kernels.slabs cimport *
 from fastnorm.kernels.words cimport *
 
 
