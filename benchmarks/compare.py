@@ -139,6 +139,8 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell")
+    parser.add_argument("--behind", type=int, default=0, metavar="BYTES",
+                        help="of a cache line, where arrays start: NumPy's own 16")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         libraries = [load(name, folder, at) for at, name in enumerate(options.library)]
@@ -152,9 +154,10 @@ def main():
     for cell in cells.cells():
         if options.only not in str(cell):
             continue
-        problem = contenders.Problem(cell, options.threads, dtype)
+        problem = contenders.Problem(cell, options.threads, dtype, options.behind)
         calls = {str(at): call_of(one, problem) for at, one in enumerate(libraries)}
-        times = measure(floors(problem) | calls, options.seconds)
+        aligned = contenders.Problem(cell, options.threads, dtype) if options.behind else problem
+        times = measure(floors(aligned) | calls, options.seconds)
         floor = min(times["floor plain"], times["floor streaming"])
         seconds = [times[name] for name in calls]
         for ratios, took in zip(against, seconds, strict=True):

@@ -27,9 +27,10 @@ def sizes(text):
     return [int(word) for word in text.split(",")]
 
 
-def over_floor(library, cell, threads, seconds):
-    problem = contenders.Problem(cell, threads, np.float32)
-    plain = {name: call for name, call in floors(problem).items() if name.startswith("floor")}
+def over_floor(library, cell, threads, seconds, behind):
+    problem = contenders.Problem(cell, threads, np.float32, behind)
+    aligned = contenders.Problem(cell, threads, np.float32) if behind else problem
+    plain = {name: call for name, call in floors(aligned).items() if name.startswith("floor")}
     times = measure(plain | {"fastnorm": call_of(library, problem)}, seconds)
     return times.pop("fastnorm") / min(times.values())
 
@@ -45,6 +46,8 @@ def main():
     parser.add_argument("--groups", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.05, help="for each size")
+    parser.add_argument("--behind", type=int, default=0, metavar="BYTES",
+                        help="of a cache line, where arrays start: NumPy's own 16")
     parser.add_argument("--library", default=fastnorm.get_library(), help="another libfastnorm.so")
     options = parser.parse_args()
     library = ctypes.CDLL(options.library)
@@ -56,8 +59,8 @@ def main():
             cell = Cell(options.op, options.backward, options.layout, (first, second, *tail),
                         options.groups)
             small = np.prod(cell.shape) <= MOST
-            row.append(f"{over_floor(library, cell, options.threads, options.seconds):6.2f}"
-                       if small else " " * 6)
+            settings = options.threads, options.seconds, options.behind
+            row.append(f"{over_floor(library, cell, *settings):6.2f}" if small else " " * 6)
         print(f"{first:8}", *row, flush=True)
 
 

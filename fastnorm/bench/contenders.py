@@ -17,12 +17,13 @@ from fastnorm.bench import onednn
 from fastnorm.bench.cells import Cell
 
 
-def aligned(shape, dtype):
-    """An uninitialised array that starts at a 64-byte boundary."""
+def aligned(shape, dtype, behind=0):
+    """An uninitialised array that starts so many bytes behind a 64-byte boundary."""
     dtype = np.dtype(dtype)
-    memory = np.empty(int(np.prod(shape)) * dtype.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : memory.size - 64 + start].view(dtype).reshape(shape)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + behind
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @dataclass
@@ -32,13 +33,15 @@ class Problem:
     cell: Cell
     threads: int
     dtype: type = np.float32
+    behind: int = 0  # bytes of a cache line that the arrays start behind; NumPy's 16
 
     def __post_init__(self):
         cell, rng = self.cell, np.random.default_rng(0)
+        room = partial(aligned, dtype=self.dtype, behind=self.behind)
         shape = cell.shape
         if cell.layout == "NHWC":
             shape = (shape[0], *shape[2:], shape[1])
-        self.x, self.dy = (aligned(shape, self.dtype) for _ in range(2))
+        self.x, self.dy = room(shape), room(shape)
         self.x[...] = rng.normal(0.5, 2, shape)
         self.dy[...] = rng.normal(0, 1, shape)
         channels = cell.shape[1]
@@ -46,16 +49,16 @@ class Problem:
             np.ascontiguousarray(a) for a in rng.normal(1, 0.5, (3, channels)).astype(self.dtype)
         )
         self.var = rng.uniform(0.5, 2, channels).astype(self.dtype)
-        self.out = aligned(shape, self.dtype)
+        self.out = room(shape)
         self.layout = cell.layout or "NCHW"
         self.axis = -1 if self.layout == "NHWC" else 1
         self.rows = cell.op in ("layer", "rms") and not cell.layout
         self.across = cell.op == "layer" and not self.rows
         self.residual = self.sum = None
         if "residual" in cell.after:
-            self.residual = aligned(shape, self.dtype)
+            self.residual = room(shape)
             self.residual[...] = rng.normal(0, 1, shape)
-            self.sum = aligned(shape, self.dtype) if self.rows else None
+            self.sum = room(shape) if self.rows else None
         self.activation = next((what for what in cell.after if what != "residual"), None)
 
     def first(self, array):
