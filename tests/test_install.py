@@ -209,7 +209,7 @@ def test_scripts_of_the_benchmarks():
                     "--seconds", 0.01)
         assert f"{only} " in found.stdout, found.stderr
     found = run(sys.executable, folder / "sweep.py", "group", "--layout", "NHWC", "--tail", "3x3",
-                "--groups", 2, "--first", 2, "--second", "4,6", "--seconds", 0.01)
+                "--groups", 2, "--first", 2, "--second", "4,6", "--seconds", 0.01, "--behind", 16)
     assert len(found.stdout.split()) == 5, found.stderr
     sizes = "import cost_model as m; print(m.workspace(m.Cell('batch', 0, 'NCHW', (4, 16, 7, 7))))"
     found = run(sys.executable, "-c", sizes, env=os.environ | {"PYTHONPATH": str(folder)})
