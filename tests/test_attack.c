@@ -245,7 +245,8 @@ static void test_shapes(int turns)
     static const int64_t sizes[] = {1, 1, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 49, 63, 65, 100, 129};
     static const fastnorm_geometry large[] = {
         {1, 3, 2, 1, 40001, 1}, {2, 1, 1, 70001, 1, 1}, {1, 4001, 17, 1, 1, 1},
-        {1, 40, 70, 1, 49, 1}, {1, 1, 1, 50, 1, 1500}};
+        {1, 40, 70, 1, 49, 1}, {1, 1, 1, 50, 1, 1500}, {1, 70, 11, 1, 35, 1},
+        {1, 260, 60, 1, 36, 1}, {1, 1, 1, 600, 1, 130}, {1, 1, 1300, 1, 1, 1}};
     for (int turn = 0; turn < turns; turn++) {
         problem p;
         uint32_t seed = (uint32_t)turn * 2654435761u + 1;
@@ -260,7 +261,7 @@ static void test_shapes(int turns)
         } while (p.shape.b * p.shape.o * p.shape.g * p.shape.k * p.shape.i > 20000);
         if (p.shape.o == 1 && p.shape.g == 1 && p.shape.i == 1 && below(2))
             p.shape.s = sizes[below(sizeof sizes / sizeof *sizes)];
-        if (turn % 25 == 0) p.shape = large[turn / 25 % 5];
+        if (turn % 9 == 0) p.shape = large[turn / 9 % 9];
         p.dtype = FASTNORM_FLOAT32 + turn % 4;
         p.flags = below(4) == 0 ? FASTNORM_NO_MEAN : 0;
         p.activation = (int32_t)below(6);
