@@ -267,11 +267,8 @@ cdef inline void map_range(
     map_some_columns(x, dy, y, rows, stride, at, stop - at, c, streaming, ahead)
 
 
-cdef inline void map_rows_alike(
-    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const coefficients* c, int64_t ahead
-) noexcept nogil:
-    """map_rows, streamed, of rows whose lines start at the same columns.
+cdef inline void whole_pairs(const stored* y, int64_t n, int64_t* bounds) noexcept nogil:
+    """The columns of a row between which it is streamed.
 
     A part of a line is stored plainly, and so is the other one of its pair: processors bring lines
     by pairs, and one that is in the cache must leave it before it is streamed (0.8 to 1.0 of the
@@ -281,9 +278,7 @@ cdef inline void map_rows_alike(
         first = minimum(n, first + line)
     if <size_t> (y + n) % 64 != 0:
         last = maximum(first, n - <int64_t> (<size_t> (y + n) % 128 // sizeof(stored)))
-    map_range(x, dy, y, rows, stride, 0, first, c, False, ahead)
-    map_range(x, dy, y, rows, stride, first, last, c, True, ahead)
-    map_range(x, dy, y, rows, stride, last, n, c, False, ahead)
+    bounds[0], bounds[1], bounds[2], bounds[3] = 0, first, last, n
 
 
 cdef inline void map_rows(
@@ -292,21 +287,29 @@ cdef inline void map_rows(
 ) noexcept nogil:
     """y = ((x - hi)*scale + shift)*weight + bias, or where dy is not NULL,
     y = (x - hi)*scale + shift + dy*(dscale*weight); hi, scale, shift and dscale of a column, weight
-    and bias of a row. Whole lines of each row are streamed."""
-    cdef int64_t first = until_aligned(y), row
+    and bias of a row. Whole lines of each row are streamed: row by row where they are not the same
+    columns in each."""
+    cdef int64_t first = until_aligned(y), row = 0, step = rows
+    cdef int64_t bounds[4]
     cdef coefficients own
+    cdef int part
     if not streams(stream, y) or first < 0 or first >= n:
         map_range(x, dy, y, rows, stride, 0, n, c, False, ahead)
-    elif stride * <int64_t> sizeof(stored) % 64 == 0:
-        map_rows_alike(x, dy, y, rows, stride, n, c, ahead)
-    else:
-        own = c[0]
-        for row in range(rows):
-            own.weight, own.bias = c.weight + row, c.bias + row
-            map_rows_alike(x, dy, y, 1, stride, n, &own, ahead)
-            x += stride
-            dy = past(dy, stride)
-            y += stride
+        return
+    if stride * <int64_t> sizeof(stored) % 64 != 0:
+        step = 1
+    own = c[0]
+    while row < rows:
+        whole_pairs(y, n, bounds)
+        for part in range(3):
+            map_range(x, dy, y, step, stride, bounds[part], bounds[part + 1], &own, part == 1,
+                      ahead)
+        row += step
+        own.weight += step
+        own.bias += step
+        x += step * stride
+        dy = past(dy, step * stride)
+        y += step * stride
 
 
 cdef inline bint joins(const plan* p) noexcept nogil:
