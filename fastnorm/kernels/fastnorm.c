@@ -140,8 +140,8 @@ typedef struct pieces {
     void *scratch;
 } pieces;
 
-/* One row of channels that are a set each, as inference of a single sample has it, too: 0.15 to 0.4 of the
- * time. */
+/* One row of channels that are a set each, as inference of a single sample has it, too: 0.2 to 0.5 of the
+ * time of rows from 64 channels on. */
 static int in_columns(const fn_task *task)
 {
     return task->i == 1 && (task->o > 1 || (task->b == 1 && task->k == 1));
