@@ -134,6 +134,11 @@ cdef inline double* found_by(const plan* p, int64_t part) noexcept nogil:
     return p.found + 2 * part * PLACES
 
 
+cdef inline void keep_found(const plan* p, int64_t part, const strip* w) noexcept nogil:
+    memcpy(found_by(p, part), w.total_s, p.places * sizeof(double))
+    memcpy(found_by(p, part) + PLACES, w.total_q, p.places * sizeof(double))
+
+
 cdef inline void merge_found(const plan* p, strip* w) noexcept nogil:
     """Into w the sums of all parts."""
     cdef int64_t part, c
@@ -242,11 +247,16 @@ cdef inline void map_columns(
         y += stride
 
 
-cdef inline void map_some_columns(
+cdef inline void map_range(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t at,
-    int64_t n, const coefficients* c, bint streaming, int64_t ahead
+    int64_t stop, const coefficients* c, bint streaming, int64_t ahead
 ) noexcept nogil:
-    """map_columns of at most CHUNK vectors."""
+    """map_rows of the columns [at, stop)."""
+    cdef int64_t n
+    while at + CHUNK * WIDTH <= stop:
+        map_columns(x, dy, y, rows, stride, at, CHUNK * WIDTH, c, streaming, ahead, CHUNK)
+        at += CHUNK * WIDTH
+    n = stop - at
     if n > 3 * WIDTH:
         map_columns(x, dy, y, rows, stride, at, n, c, streaming, ahead, 4)
     elif n > 2 * WIDTH:
@@ -255,16 +265,6 @@ cdef inline void map_some_columns(
         map_columns(x, dy, y, rows, stride, at, n, c, streaming, ahead, 2)
     elif n > 0:
         map_columns(x, dy, y, rows, stride, at, n, c, streaming, ahead, 1)
-
-
-cdef inline void map_range(
-    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t at,
-    int64_t stop, const coefficients* c, bint streaming, int64_t ahead
-) noexcept nogil:
-    while at + CHUNK * WIDTH <= stop:
-        map_columns(x, dy, y, rows, stride, at, CHUNK * WIDTH, c, streaming, ahead, CHUNK)
-        at += CHUNK * WIDTH
-    map_some_columns(x, dy, y, rows, stride, at, stop - at, c, streaming, ahead)
 
 
 cdef inline void whole_pairs(const stored* y, int64_t n, int64_t* bounds) noexcept nogil:

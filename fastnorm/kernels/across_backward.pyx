@@ -232,12 +232,10 @@ cdef void part_sums(void* context, int64_t part) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef strip w
     cdef int64_t stop, row = rows_of(p, part, &stop)
-    cdef double* found = found_by(p, part)
     memset(p.partial + row, 0, (stop - row) * sizeof(double))
     memset(p.partial + p.task.k + row, 0, (stop - row) * sizeof(double))
     sum_strip(p, 0, 0, p.places, row, stop, p.partial, &w)
-    memcpy(found, w.total_s, p.places * sizeof(double))
-    memcpy(found + PLACES, w.total_q, p.places * sizeof(double))
+    keep_found(p, part, &w)
 
 
 cdef void part_map(void* context, int64_t part) noexcept nogil:

@@ -151,10 +151,8 @@ cdef void part_sums(void* context, int64_t part) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef strip w
     cdef int64_t stop, row = rows_of(p, part, &stop)
-    cdef double* found = found_by(p, part)
     sum_strip(p.task, 0, p.places, row, stop, &w)
-    memcpy(found, w.total_s, p.places * sizeof(double))
-    memcpy(found + PLACES, w.total_q, p.places * sizeof(double))
+    keep_found(p, part, &w)
 
 
 cdef void part_map(void* context, int64_t part) noexcept nogil:
