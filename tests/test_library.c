@@ -277,12 +277,10 @@ static void test_rows_without_mean(void)
     }
 }
 
-/* y = relu(affine + residual) and its gradient, from the calls without; rows with their sum. */
+/* y = relu(affine + residual) and its gradient, from the calls without. */
 static void test_fusion(void)
 {
-    static float z[SIZE], dz[SIZE], wanted[SIZE], residual[SIZE], sum[SIZE], dresidual[SIZE];
-    const fastnorm_geometry rows = {SIZE / CHANNELS, 1, 1, CHANNELS, 1, 1};
-    static double row_mean[SIZE / CHANNELS], row_rstd[SIZE / CHANNELS];
+    static float z[SIZE], dz[SIZE], wanted[SIZE], residual[SIZE], dresidual[SIZE];
     fastnorm_forward_args forward = forward_args();
     fastnorm_backward_args backward = backward_args();
     int right = 1;
@@ -313,8 +311,25 @@ static void test_fusion(void)
     backward.dresidual = NULL;
     CHECK(fastnorm_backward(&shape, &backward, NULL) == FASTNORM_OK);
     CHECK(memcmp(dx, wanted, sizeof dx) == 0);
+}
 
-    forward.activation = FASTNORM_NO_ACTIVATION;
+/* Rows with their sum, and what else arrives at its gradient; sets of one value in a row as well. */
+static void test_sum(fastnorm_geometry rows)
+{
+    static float z[SIZE], wanted[SIZE], residual[SIZE], sum[SIZE];
+    static double row_mean[SIZE], row_rstd[SIZE];
+    fastnorm_forward_args forward = forward_args();
+    fastnorm_backward_args backward = backward_args();
+    int right = 1;
+    for (int at = 0; at < SIZE; at++) {
+        residual[at] = dy[SIZE - 1 - at] * 5;
+        sum[at] = y[at] = dx[at] = NAN;
+    }
+    if (rows.k != CHANNELS) {
+        forward.weight = forward.bias = backward.weight = NULL;
+        backward.dweight = backward.dbias = NULL;
+    }
+    forward.residual = residual;
     forward.sum = sum;
     forward.mean = row_mean;
     forward.var = NULL;
@@ -326,7 +341,6 @@ static void test_fusion(void)
     forward.residual = forward.sum = NULL;
     forward.y = z;
     CHECK(fastnorm_forward(&rows, &forward, NULL) == FASTNORM_OK && memcmp(y, z, sizeof y) == 0);
-    backward = backward_args();
     backward.mean = row_mean;
     backward.rstd = row_rstd;
     backward.dx = wanted;
@@ -549,6 +563,9 @@ int main(void)
     test_values();
     test_rows_without_mean();
     test_fusion();
+    test_sum((fastnorm_geometry){SIZE / CHANNELS, 1, 1, CHANNELS, 1, 1});
+    test_sum((fastnorm_geometry){1, 1, SIZE, 1, 1, 1});
+    test_sum((fastnorm_geometry){1, 1, 1, SIZE, 1, 1});
     test_mask();
     test_short_types();
     test_options();

@@ -140,7 +140,7 @@ class Plan(NamedTuple):
 
 
 def _in_columns(geometry):
-    one_row = geometry.b == geometry.k == 1  # of channels that are a set each
+    one_row = geometry.b == geometry.k == 1 < geometry.g  # of channels that are a set each
     return geometry.i == 1 and (geometry.o > 1 or one_row)
 
 
