@@ -13,7 +13,15 @@ import numpy as np
 from numba import float64, prange
 
 from fastnorm.backends.numba_gate import bias_at, gate_if
-from fastnorm.backends.numba_jit import FORWARD, GATED, allocating, called, inlined, kernel
+from fastnorm.backends.numba_jit import (
+    FORWARD,
+    GATED,
+    allocating,
+    called,
+    inlined,
+    kernel,
+    shared_evenly,
+)
 from fastnorm.backends.numba_maps import map_product_rows, map_rows
 from fastnorm.backends.numba_rows import invert_deviations, merge_terms, terms_of_sets
 from fastnorm.backends.numba_simd import at, on_grid, rounded
@@ -51,6 +59,7 @@ def cut_columns(geometry):
         copies = min(copies, geometry.o)
     width, rows = copies * channels, geometry.o // copies
     tiles = -(-rows // max(TILE_ROWS, -(-rows // MOST_TILES), -(-TILE // width)))
+    tiles = shared_evenly(tiles) if geometry.b == 1 else tiles
     tile_rows = -(-rows // tiles)
     return (copies, width, rows, geometry.o % copies * channels, tile_rows), -(-rows // tile_rows)
 

@@ -143,6 +143,14 @@ def threads_of(num_threads, size):
     return min(num_threads or most, most) if size >= SERIAL_BYTES else 1
 
 
+def shared_evenly(units):
+    """About as many units of work, as many for each of 2 threads, or, where they are many, of 4
+    or 8."""
+    if units > 8:
+        return units - units % (8 if units > 16 else 4)
+    return units + units % 2 if units > 1 else units
+
+
 def launch(kernel, threads, *arguments):
     """The kernel on so many threads, where they are free."""
     if threads == 1 or _forked or not _threads.acquire(blocking=False):

@@ -17,6 +17,7 @@ from fastnorm.backends.numba_jit import (
     called,
     inlined,
     kernel,
+    shared_evenly,
 )
 from fastnorm.backends.numba_maps import (
     add_runs,
@@ -53,7 +54,7 @@ pieces_of = inlined(pieces_in)
 def parts_of(geometry):
     """Of the rows with a weight for each place: each sums dweight for itself."""
     least = max(TOGETHER, PART // (geometry.g * geometry.k))
-    return min(-(-geometry.b // least), MOST_PARTS)
+    return shared_evenly(min(-(-geometry.b // least), MOST_PARTS))
 
 
 @kernel(FORWARD)

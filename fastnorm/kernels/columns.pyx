@@ -30,7 +30,10 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.rows = t.o // p.copies
     p.rest = t.o % p.copies * p.channels
     p.tile_rows = maximum(TILE_ROWS, maximum(ceil_div(p.rows, MAX_TILES), ceil_div(TILE, p.width)))
-    p.tile_rows = ceil_div(p.rows, ceil_div(p.rows, p.tile_rows))
+    p.tiles = ceil_div(p.rows, p.tile_rows)
+    if t.b == 1:
+        p.tiles = shared_evenly(p.tiles)  # 0.7 to 1.0 of the time
+    p.tile_rows = ceil_div(p.rows, p.tiles)
     p.tiles = ceil_div(p.rows, p.tile_rows)
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers: memory is read in its order then.

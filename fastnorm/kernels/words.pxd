@@ -158,6 +158,13 @@ cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef inline int64_t shared_evenly(int64_t units) noexcept nogil:
+    """About as many units of work, as many for each of 2 threads, or, where they are many, of 4
+    or 8."""
+    cdef int64_t threads = 8 if units > 16 else 4
+    return units // threads * threads if units > 8 else units + (units > 1) * units % 2
+
+
 cdef inline coefficients affine_map(int which, const work* hi, const work* scale,
                                     const work* shift) noexcept nogil:
     """Coefficients of (x - hi)*scale + shift."""
