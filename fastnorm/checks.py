@@ -6,6 +6,7 @@ answer to the same names.
 """
 
 import math
+import operator
 
 import numpy as np
 
@@ -75,7 +76,16 @@ def channels_first(name, layout):
         return geometry.CHANNELS_FIRST[layout]
     except (KeyError, TypeError):
         known = ", ".join(map(repr, geometry.CHANNELS_FIRST))
-        raise ValueError(f"{name}: layout is {layout!r}, expected one of {known}") from None
+        raise ValueError(f"{name}: layout is {came(layout)}, expected one of {known}") from None
+
+
+def came(value):
+    """What came in place of something else: a value, or an array's type, shape and dtype."""
+    if not getattr(value, "shape", ()):
+        return repr(value)
+    sort = type(value)
+    shape, dtype = tuple(value.shape), getattr(value, "dtype", None)
+    return f"a {sort.__module__}.{sort.__qualname__} of shape {shape} and dtype {dtype}"
 
 
 def check_choice(name, what, value, *known):
@@ -84,7 +94,7 @@ def check_choice(name, what, value, *known):
             return
     if not (isinstance(value, str) and value in known):
         expected = " or ".join(map(repr, known))
-        raise ValueError(f"{name}: {what} is {value!r}, expected {expected}")
+        raise ValueError(f"{name}: {what} is {came(value)}, expected {expected}")
 
 
 def check_number(name, what, value):
@@ -92,8 +102,41 @@ def check_number(name, what, value):
         if math.isfinite(value):
             return float(value)
     except TypeError:
-        raise TypeError(f"{name}: {what} is {value!r}, expected a number") from None
+        raise TypeError(f"{name}: {what} is {came(value)}, expected a number") from None
     raise ValueError(f"{name}: {what} is {value!r}, expected a finite number")
+
+
+def check_int(name, what, value, expected="an int"):
+    """value as an int, which a bool is not."""
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: {what} is {came(value)}, expected {expected}")
+
+
+def check_flag(name, what, value):
+    """value as a bool."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: {what} is {came(value)}, expected a bool") from None
+
+
+def check_ints(name, what, values):
+    """An int or several, as a tuple."""
+    try:
+        return (operator.index(values),)
+    except TypeError:
+        pass
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError:
+        told = f"{name}: {what} is {came(values)}, expected an int or several"
+    if what == "normalized_shape" and getattr(values, "shape", ()):
+        told += f"; did you mean {what}={tuple(values.shape)}, and this as weight?"
+    raise TypeError(told)
 
 
 def _check_parameter(name, what, array, shape, x, why):
@@ -224,7 +267,7 @@ def check_fused(
         kind = ACTIVATIONS[activation]
     except (KeyError, TypeError):
         known = ", ".join(repr(known) for known in ACTIVATIONS if known)
-        told = f"{name}: activation is {activation!r}, expected {known} or None"
+        told = f"{name}: activation is {came(activation)}, expected {known} or None"
         raise ValueError(told) from None
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{name}: approximate is {approximate!r}, expected 'none' or 'tanh'")

@@ -8,6 +8,7 @@ and FASTNORM_LAST_LEVEL_BYTES are read by libfastnorm itself.
 import os
 
 from fastnorm import backends, device
+from fastnorm.checks import check_int
 from fastnorm.dtypes import NAMES as DTYPE_NAMES
 from fastnorm.dtypes import TABLE
 
@@ -52,13 +53,12 @@ def check_threads(name, num_threads):
         return _num_threads
     if type(num_threads) is int and 0 <= num_threads <= 1 << 16:
         return num_threads
-    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
-        raise TypeError(f"{name}: num_threads is {num_threads!r}, expected an int or None")
+    num_threads = check_int(name, "num_threads", num_threads, "an int or None")
     if not 0 <= num_threads <= 1 << 16:
         raise ValueError(
             f"{name}: num_threads is {num_threads}, expected 0 (all processors) or more"
         )
-    return int(num_threads)
+    return num_threads
 
 
 def choose(name, backend, dtype):

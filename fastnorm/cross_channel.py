@@ -33,11 +33,10 @@ def _channels_at_1(name, x, layout):
 
 
 def _check_size(name, size):
-    if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise TypeError(f"{name}: size is {size!r}, expected an int")
+    size = checks.check_int(name, "size", size)
     if size < 1:
         raise ValueError(f"{name}: size is {size}, expected at least 1")
-    return int(size)
+    return size
 
 
 def local_response_norm(x, size, alpha=1e-4, beta=0.75, k=1.0, *, layout="NCHW", out=None):
@@ -108,11 +107,11 @@ def normalize(x, p=2.0, dim=1, eps=1e-12, *, out=None, axis=None):
     """
     name = "normalize"
     checks.check_input(name, x, on_gpu=False)
-    dim = dim if axis is None else axis
+    dim = checks.check_int(name, "dim", dim if axis is None else axis)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{name}: dim is {dim}, expected an axis of x {x.shape}")
-    if not p > 0:
-        raise ValueError(f"{name}: p is {p!r}, expected more than 0")
+    if getattr(p, "shape", ()) or not p > 0:
+        raise ValueError(f"{name}: p is {checks.came(p)}, expected more than 0")
     y = _result(name, x, out)
     norm = _norm(x, p, dim)
     np.divide(x, np.maximum(norm, eps), out=y, casting="same_kind")

@@ -51,8 +51,10 @@ from fastnorm.checks import (
     channels_first,
     check_channels,
     check_choice,
+    check_flag,
     check_fused,
     check_input,
+    check_int,
     check_mask,
     check_number,
     check_writable,
@@ -117,6 +119,8 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2; ghost batches: Hoffer,
         Hubara and Soudry, "Train longer, generalize better", 2017.
     """
+    if training is not True and training is not False:
+        training = check_flag("batch_norm", "training", training)
     if mask is lengths is statistics is ghost_size is None and (
         convention == "torch" and nan_policy == "propagate"
         and (update is None or update is training or running_mean is running_var is None)
@@ -201,9 +205,8 @@ def _check_ghosts(name, x, channels, ghost_size):
     """ghost_size as an int or None; every ghost batch has more than one value for each channel."""
     if ghost_size is None:
         return None
-    if isinstance(ghost_size, bool) or not hasattr(ghost_size, "__index__"):
-        raise TypeError(f"{name}: ghost_size is {ghost_size!r}, expected an int or None")
-    size, samples = int(ghost_size), x.shape[0]
+    size = check_int(name, "ghost_size", ghost_size, "an int or None")
+    samples = x.shape[0]
     if size < 1:
         raise ValueError(f"{name}: ghost_size is {size}, expected 1 or more")
     last = samples % size or min(size, samples)
@@ -349,9 +352,7 @@ def _turned_back(y, stats, weight, bias, fused, layout, backend, num_threads):
 
 def _groups(name, x, num_groups, first):
     channels = x.shape[geometry.channel_axis(first)]
-    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
-        raise TypeError(f"{name}: num_groups is {num_groups!r}, expected an int")
-    groups = int(num_groups)
+    groups = check_int(name, "num_groups", num_groups)
     if groups < 1 or channels % groups:
         raise ValueError(
             f"{name}: num_groups is {groups}, expected a divisor of the {channels} channels of x"
@@ -467,6 +468,8 @@ def instance_norm(
     Source:
         Ulyanov et al., "Instance Normalization", 2016.
     """
+    if use_input_stats is not True and use_input_stats is not False:
+        use_input_stats = check_flag("instance_norm", "use_input_stats", use_input_stats)
     if mask is lengths is None and use_input_stats:
         y = call.whole_forward(
             GROUP, x, out, layout, None, weight, bias, eps, running_mean, running_var, momentum, 0,

@@ -5,7 +5,7 @@ What all functions share, layout but here, is told in functional.py.
 
 from fastnorm import call, geometry
 from fastnorm.backends import NO_MEAN, ROWS
-from fastnorm.checks import check_fused, check_input, check_mask, check_trailing
+from fastnorm.checks import check_fused, check_input, check_ints, check_mask, check_trailing
 from fastnorm.device import DeviceArray
 from fastnorm.dtypes import TABLE
 
@@ -14,15 +14,7 @@ def _normalized_shape(name, x, normalized_shape, axis):
     """(shape, statistics' shape, channel_order, shape_of) of the axes that are normalized."""
     if axis is None and type(normalized_shape) is int and x.shape[-1:] == (normalized_shape,):
         return (normalized_shape,), x.shape[:-1], None, _last_axis
-    try:
-        if hasattr(normalized_shape, "__index__"):
-            shape = (int(normalized_shape),)
-        else:
-            shape = tuple(int(size.__index__()) for size in normalized_shape)
-    except (TypeError, AttributeError):
-        raise TypeError(
-            f"{name}: normalized_shape is {normalized_shape!r}, expected an int or several"
-        ) from None
+    shape = check_ints(name, "normalized_shape", normalized_shape)
     start = x.ndim - len(shape) if axis is None else _first_axis(name, x, axis, len(shape))
     stop = start + len(shape)
     if not shape or start < 0 or x.shape[start:stop] != shape:
@@ -48,10 +40,7 @@ def _last_axis(view_shape, _):
 
 def _first_axis(name, x, axis, count):
     """The first of `count` axes that follow each other."""
-    try:
-        axes = [axis.__index__()] if hasattr(axis, "__index__") else [a.__index__() for a in axis]
-    except (TypeError, AttributeError):
-        raise TypeError(f"{name}: axis is {axis!r}, expected an int or several") from None
+    axes = check_ints(name, "axis", axis)
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(f"{name}: axis is {axis!r}, expected axes of x {x.shape}")
     axes = [a % x.ndim for a in axes]

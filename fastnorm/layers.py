@@ -188,7 +188,9 @@ class GroupNorm(Layer):
         backend=None, activation=None, negative_slope=0.01, approximate="none",
     ):
         super().__init__(layout, dtype, backend, activation, negative_slope, approximate)
-        if num_channels % num_groups:
+        num_groups = checks.check_int("GroupNorm", "num_groups", num_groups)
+        num_channels = checks.check_int("GroupNorm", "num_channels", num_channels)
+        if num_groups < 1 or num_channels % num_groups:
             raise ValueError(
                 f"GroupNorm: num_groups is {num_groups}, expected a divisor of num_channels"
                 f" {num_channels}"
@@ -272,7 +274,9 @@ class LayerNorm(_RowNorm):
     ):
         super().__init__("NCHW", dtype, backend, activation, negative_slope, approximate)
         self.axis = axis
-        self.normalized_shape = _shape(normalized_shape)
+        self.normalized_shape = checks.check_ints(
+            type(self).__name__, "normalized_shape", normalized_shape
+        )
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self._set_parameters(self.normalized_shape, elementwise_affine, elementwise_affine and bias)
@@ -323,7 +327,9 @@ class RMSNorm(_RowNorm):
     ):
         super().__init__("NCHW", dtype, backend, activation, negative_slope, approximate)
         self.axis = axis
-        self.normalized_shape = _shape(normalized_shape)
+        self.normalized_shape = checks.check_ints(
+            type(self).__name__, "normalized_shape", normalized_shape
+        )
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self._set_parameters(self.normalized_shape, elementwise_affine, False)
@@ -387,9 +393,3 @@ class LocalResponseNorm(Layer):
 
     def _describe(self):
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
-
-
-def _shape(normalized_shape):
-    if hasattr(normalized_shape, "__index__"):
-        return (int(normalized_shape),)
-    return tuple(int(size) for size in normalized_shape)

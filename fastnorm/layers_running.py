@@ -28,8 +28,8 @@ class _ChannelNorm(Layer):
             self._allocate(num_features)
 
     def _allocate(self, num_features):
-        self.num_features = num_features
-        self._set_parameters((num_features,), self.affine, self.affine)
+        self.num_features = checks.check_int(type(self).__name__, "num_features", num_features)
+        self._set_parameters((self.num_features,), self.affine, self.affine)
         if self.track_running_stats:
             self._buffers = ("running_mean", "running_var", "num_batches_tracked")
             self.reset_running_stats()

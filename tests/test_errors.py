@@ -253,6 +253,35 @@ def test_bad_input(case):
     assert np.array_equal(X, before)
 
 
+ARRAY = r"is a numpy.ndarray of shape \(64,\) and dtype float32, expected"
+MISPLACED = {
+    "num_groups": lambda x, w: fastnorm.group_norm(x, w, w),
+    "normalized_shape": lambda x, w: fastnorm.rms_norm(x, w),
+    "eps": lambda x, w: fastnorm.layer_norm(x, (1, 1), None, None, w),
+    "training": lambda x, w: fastnorm.batch_norm(x, w, w, w, w, w),
+    "momentum": lambda x, w: fastnorm.batch_norm(x, w, w, w, w, True, w),
+    "use_input_stats": lambda x, w: fastnorm.instance_norm(x, w, w, w, w, w),
+    "axis": lambda x, w: fastnorm.layer_norm(x, 64, axis=w),
+    "num_threads": lambda x, w: fastnorm.batch_norm(x, training=True, num_threads=w),
+    "ghost_size": lambda x, w: fastnorm.batch_norm(x, training=True, ghost_size=w),
+    "activation": lambda x, w: fastnorm.batch_norm(x, training=True, activation=w),
+    "layout": lambda x, w: fastnorm.batch_norm(x, training=True, layout=w),
+    "size": lambda x, w: fastnorm.local_response_norm(x, w),
+    "p": lambda x, w: fastnorm.normalize(x, w),
+    "dim": lambda x, w: fastnorm.normalize(x, 2.0, w),
+    "num_features": lambda x, w: fastnorm.BatchNorm2d(w),
+    "num_channels": lambda x, w: fastnorm.GroupNorm(8, w),
+}
+
+
+@pytest.mark.parametrize("what", MISPLACED)
+def test_an_array_in_the_place_of_another_argument_is_told_by_its_shape(what):
+    x, w = np.zeros((2, 64, 1, 1), F), np.ones(64, F)
+    with pytest.raises((TypeError, ValueError), match=f": {what} {ARRAY}") as told:
+        MISPLACED[what](x, w)
+    assert len(str(told.value)) < 200
+
+
 def test_overlapping_out():
     memory = image(3, 6, 4, 5)
     before = memory.copy()
