@@ -59,6 +59,7 @@ cdef struct plan:
     int64_t tiles
     int64_t b0  # the slices [b0, b0 + batch) are under way
     int64_t batch
+    int64_t down  # vectors of whole channels that are mapped down all rows together, or 0
     int64_t padded  # width, in whole vectors
     int64_t step  # rows summed before the next columns are
     int64_t strip  # columns that are started and finished by one thread
