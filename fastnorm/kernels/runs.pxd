@@ -318,7 +318,8 @@ cdef inline void map_places(
     runs that follow each other and are streamed; it may be NULL.
 
     Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long. Neither are
-    dy and x where 16 registers do not hold two batches of both: 0.9 to 1.3 times."""
+    dy and x where 16 registers do not hold two batches of both: 0.9 to 1.3 times. (What lies before
+    y's first line by map_end: 1.0 to 1.14.)"""
     cdef coefficients c = of_run[0]  # in registers: y may lie anywhere
     cdef coefficients own
     cdef vec one[6]
