@@ -165,6 +165,10 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
             p.group -= p.group % lines if p.group > lines else 0
         p.group = maximum(1, minimum(p.group, most))
         p.block = maximum(1, t.g // (8 * threads) // p.group) * p.group
+        # Few that threads would not share evenly: 0.83 to 0.95 of the time.
+        most = ceil_div(ceil_div(t.g, p.block), threads) * p.block
+        if not in_slabs(t) and 20 * most > 21 * ceil_div(t.g, threads):
+            p.block = ceil_div(t.g, threads)
     cut_sheets(p)
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     # What a part sums of dweight crosses from core to core: of a quarter as many rows, parts took
