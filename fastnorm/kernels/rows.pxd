@@ -142,7 +142,7 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     p.piece = ceil_div(ceil_div(n, p.pieces), LANES) * LANES
     p.pieces = ceil_div(n, p.piece)
     p.tile_runs = maximum(1, tile // n) if p.pieces == 1 else 1
-    if p.tile_runs > 1:
+    if p.tile_runs > 1 and not t.given:
         p.tile_runs = ceil_div(t.o, shared_evenly(ceil_div(t.o, p.tile_runs)))
     p.tiles = ceil_div(t.o, p.tile_runs) * p.pieces
     if t.o == 1:

@@ -204,8 +204,12 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
                 channel = set_ % t.g * t.k
                 for s in range(set_, stop):
                     for _k in range(t.k):
-                        map_channel(p, s, start, channel, 0, p.n, &c[s - set_], ahead, &ends,
-                                    masked)
+                        if ahead == 0:  # a loop of its own: 0.65 to 0.8 of the time in cache
+                            map_channel(p, s, start, channel, 0, p.n, &c[s - set_], 0, &ends,
+                                        masked)
+                        else:
+                            map_channel(p, s, start, channel, 0, p.n, &c[s - set_], ahead, &ends,
+                                        masked)
                         start += t.i
                         channel += 1
             set_ = stop

@@ -577,8 +577,9 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
     if t.given:
         for set_ in range(t.g):
             p.partial[set_] = 1.0 / sqrt(t.var[set_] + t.eps)
-        if p.pieces == 1:  # no sums: as many tiles as threads
+        if p.pieces == 1:  # no sums: tiles of all sets, as many for each thread
             p.tile_runs = minimum(p.tile_runs, ceil_div(t.o * t.g, maximum(1, t.threads)))
+            p.tile_runs = ceil_div(t.o * t.g, shared_evenly(ceil_div(t.o * t.g, p.tile_runs)))
     if in_slabs(t):
         fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
     elif t.given:
