@@ -165,7 +165,7 @@ def alone(engine):
 )
 @hypothesis.given(calls())
 @hypothesis.example(alone("numba"))
-@hypothesis.example(alone("native-v2"))
+@hypothesis.example(alone("native"))
 def test_random_calls(call):
     native = backends.load("native")
     before = getattr(native, "isa", None)
