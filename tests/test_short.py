@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cases import Case
+from conftest import LEVELS
 
 import fastnorm
 from fastnorm import backends
@@ -127,6 +128,59 @@ def test_squares_do_not_overflow(dtype, engine):
     var = np.var(x.astype(np.longdouble), axis=(0, 2))
     assert np.max(np.abs(stats.var / var - 1)) < 1e-6
     assert np.max(np.abs(y.astype(np.float64))) < 3
+
+
+FORMS = [("batch", "NCHW"), ("batch", "NHWC"), ("group", "NCHW"), ("group", "NHWC"),
+         ("layer", "NCHW"), ("layer", "NHWC")]
+
+
+@pytest.mark.parametrize("deviations", [0, 1, 2.5, 4, 40])
+@pytest.mark.parametrize(("norm", "layout"), FORMS)
+def test_means_some_deviations_from_zero(dtype, engine, norm, layout, deviations):
+    """Near ones may be left in the sums: squares of 16 bits are exact. A constant is the bias."""
+    x = np.random.default_rng(0).normal(deviations, 1, (6, 80, 9, 11))
+    x[:, 7] = 0.01 if norm == "batch" else x[:, 6]
+    x = x.astype(dtype)
+    axes = {"batch": (0, 2, 3), "group": (2, 3, 4), "layer": 1}[norm]
+    sets = x.astype(float).reshape((6, 8, 10, 9, 11) if norm == "group" else x.shape)
+    mean, var = sets.mean(axes), sets.var(axes)
+    at = x if layout == "NCHW" else np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    common = {"return_stats": True, "backend": engine}
+    if norm == "layer":
+        y, stats = fastnorm.layer_norm(at, 80, axis=1 if layout == "NCHW" else -1, **common)
+    elif norm == "group":
+        y, stats = fastnorm.group_norm(at, 8, layout=layout, **common)
+    else:
+        y, stats = fastnorm.batch_norm(at, training=True, layout=layout, **common)
+        constant = y[:, 7] if layout == "NCHW" else y[..., 7]
+        assert np.all(constant == 0)
+    assert np.allclose(np.reshape(stats.mean, mean.shape), mean, rtol=1e-6, atol=1e-6)
+    assert np.allclose(np.reshape(stats.var, var.shape), var, rtol=2e-5, atol=1e-12)
+    y = (y if layout == "NCHW" else np.moveaxis(y, -1, 1)).astype(float).reshape(sets.shape)
+    wanted = (sets - np.expand_dims(mean, axes)) / np.sqrt(np.expand_dims(var, axes) + 1e-5)
+    assert np.max(np.abs(y - wanted)) < TABLE[dtype].tolerance * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_tiny_products_are_the_same_at_every_level(dtype, layout, monkeypatch):
+    """Those of bfloat16 that end below float32's last place, where a fused multiply-add rounds
+    once what others round twice."""
+    native = backends.load("native")
+    if isinstance(native, str):
+        pytest.skip(native)
+    rng = np.random.default_rng(0)
+    x, dy = (rng.integers(-99, 99, (2, 8, 9, 64)) * 2.0**-power for power in (80, 73))
+    x, dy = x.astype(dtype), dy.astype(dtype)
+    if layout == "NHWC":
+        x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+    found = set()
+    for level in [n for name, n in LEVELS.items() if name <= native.isa_name()] or [0]:
+        monkeypatch.setattr(native, "isa", level)
+        common = {"layout": layout, "backend": "native"}
+        _, stats = fastnorm.batch_norm(x, training=True, return_stats=True, **common)
+        gradients = fastnorm.batch_norm_backward(dy, x, stats, np.full(8, 2.0**70, "f"), **common)
+        found.add(b"".join(a.tobytes() for a in (*gradients, stats.mean, stats.rstd)))
+    assert len(found) == 1
 
 
 def test_layers_and_running_statistics(dtype):

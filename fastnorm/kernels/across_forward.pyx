@@ -18,19 +18,25 @@ cdef inline void sample_sets(const fn_task* t, const stored* x, int64_t n,
                              strip* w) noexcept nogil:
     """hi = a value near each set's mean, exactly the constant of a constant set."""
     cdef int64_t count = minimum(SAMPLED, t.k), j, c
-    cdef double inverse = 1.0 / <double> count
+    cdef double inverse = 1.0 / <double> count, d
+    cdef double* spread = w.total_q
     cdef const stored* row
     memset(w.hi, 0, (n + MOST_WIDTH) * sizeof(work))
     if not t.has_mean:
         return
     memset(w.total_s, 0, n * sizeof(double))
+    if EXACT:
+        memset(spread, 0, n * sizeof(double))
     for j in range(1, count):
         row = x + j * t.k // count * t.s
         for c in range(n):
-            w.total_s[c] = w.total_s[c] + (<double> widen(row[c]) - <double> widen(x[c]))
+            d = <double> widen(row[c]) - <double> widen(x[c])
+            w.total_s[c] = w.total_s[c] + d
+            if EXACT:
+                spread[c] = spread[c] + fabs(d)
     for c in range(n):
         w.total_s[c] = <double> widen(x[c]) + w.total_s[c] * inverse
-        w.hi[c] = on_grid(<work> w.total_s[c]) if fabs(w.total_s[c]) < 1e37 else <work> 0
+        w.hi[c] = about_of(<work> w.total_s[c], <work> (spread[c] * inverse))
 
 
 cdef void exact_set(const fn_task* t, const stored* x, double about, double* mean,

@@ -249,7 +249,7 @@ cdef inline void map_down(
             if dy != NULL:
                 d = load(dy + v * WIDTH)
             y_row[v] = mapped(load(x + v * WIDTH), d, hi[v], scale[v], shift[v], dscale[v],
-                              dy != NULL, gates + 2 * v if gated else NULL)
+                              dy != NULL, gates + 2 * v if gated else NULL, False)
         put_all(y, y_row, streaming, vectors)
         x += vectors * WIDTH
         y += vectors * WIDTH

@@ -10,8 +10,8 @@ from fastnorm.kernels.columns cimport (
     sums_of,
 )
 from fastnorm.kernels.words cimport (
-    SAMPLES, cancels, eight, fn_task, fold_eight, maximum, minimum, on_grid, stored, values_of,
-    widen, work,
+    EXACT, SAMPLES, about_of, cancels, eight, far_of, fn_task, fold_eight, hi_of, maximum, minimum,
+    on_grid, size, stored, values_of, widen, work,
 )
 
 
@@ -74,23 +74,27 @@ cdef void sample_columns(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef const fn_task* t = p.task
     cdef const stored* x = <const stored*> t.x + b * t.o * p.channels
     cdef work* about = coefficients_of(p, b)
+    cdef work* spread = about + p.padded
     cdef const stored* sampled
     cdef int64_t c, j, count = minimum(p.rows, minimum(2 * SAMPLES, maximum(4, p.rows // 8)))
-    cdef work inverse = <work> (1.0 / <double> count)
+    cdef work inverse = <work> (1.0 / <double> count), d
     if t.mask != NULL:
         sample_valid_columns(p, b, c0, c1)
         return
-    for c in range(c0, c1):
-        about[c] = 0
+    memset(about + c0, 0, (c1 - c0) * sizeof(work))
+    if EXACT:
+        memset(spread + c0, 0, (c1 - c0) * sizeof(work))
     if not t.has_mean:
         return
     for j in range(1, count):
         sampled = x + j * p.rows // count * p.width
         for c in range(c0, c1):
-            about[c] = about[c] + (widen(sampled[c]) - widen(x[c]))
+            d = widen(sampled[c]) - widen(x[c])
+            about[c] = about[c] + d
+            if EXACT:
+                spread[c] = spread[c] + size(d)
     for c in range(c0, c1):
-        about[c] = widen(x[c]) + about[c] * inverse
-        about[c] = on_grid(about[c]) if fabs(<double> about[c]) < 1e37 else <work> 0
+        about[c] = about_of(widen(x[c]) + about[c] * inverse, spread[c] * inverse)
 
 
 cdef void exact_column(const plan* p, int64_t b, int64_t column, double about,
@@ -293,7 +297,7 @@ cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1)
     cdef work* hi = coefficients_of(p, b)
     cdef work* scale = hi + p.padded
     cdef work* shift = scale + p.padded
-    cdef double values = values_of(t, b), eps = t.eps, scaled
+    cdef double values = values_of(t, b), eps = t.eps, far = far_of(t), scaled
     cdef double inverse = 1.0 / values if values > 0 else 0
     cdef int64_t g, c, r, at = b * t.g
     if not t.given:
@@ -312,14 +316,14 @@ cdef void forward_coefficients(const plan* p, int64_t b, int64_t g0, int64_t g1)
     if t.k == 1:
         for c in range(g0, g1):
             scaled = rstds[c] * <double> weight[c]
-            hi[c] = <work> means[c]
+            hi[c] = hi_of(means[c], rstds[c], far, eps)
             scale[c] = <work> scaled
             shift[c] = <work> (<double> bias[c] - (means[c] - <double> hi[c]) * scaled)
     else:
         for g in range(g0, g1):
             for c in range(g * t.k, (g + 1) * t.k):
                 scaled = rstds[g] * <double> weight[c]
-                hi[c] = <work> means[g]
+                hi[c] = hi_of(means[g], rstds[g], far, eps)
                 scale[c] = <work> scaled
                 shift[c] = <work> (<double> bias[c] - (means[g] - <double> hi[c]) * scaled)
     for r in range(1, p.copies):
@@ -352,17 +356,18 @@ cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     cdef work* hi = coefficients_of(p, b)
     cdef work* z
     cdef const double* mean = t.mean + b * t.g
+    cdef const double* rstds = t.rstd + b * t.g
     cdef int64_t c, g, r
-    cdef double scale, rstd, lo
+    cdef double scale, rstd, lo, far = far_of(t)
     if not t.has_mean:
         memset(hi + c0, 0, (c1 - c0) * sizeof(work))
     elif t.k == 1:
         for c in range(c0, minimum(t.g, c1)):
-            hi[c] = <work> mean[c]
+            hi[c] = hi_of(mean[c], rstds[c], far, 0)
     else:
         for g in range(t.g):
             for c in range(g * t.k, (g + 1) * t.k):
-                hi[c] = <work> mean[g]
+                hi[c] = hi_of(mean[g], rstds[g], far, 0)
     for r in range(1, p.copies):
         memcpy(hi + r * p.channels, hi, p.channels * sizeof(work))
     if t.upstream == NULL and not t.gated:
@@ -371,7 +376,7 @@ cdef void start_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noexc
     # finish_backward fills.
     z = hi + 4 * p.padded if t.gated else hi + p.padded
     for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
-        rstd = t.rstd[b * t.g + g]
+        rstd = rstds[g]
         for c in range(g * t.k, (g + 1) * t.k):
             scale = rstd * <double> (<const work*> t.weight)[c]
             lo = mean[g] - <double> hi[c] if t.has_mean else 0
@@ -419,7 +424,7 @@ cdef void finish_backward(const plan* p, int64_t b, int64_t c0, int64_t c1) noex
     for g in range(c0 // t.k, minimum(t.g, c1 // t.k)):
         mean = means[g] if t.has_mean else 0
         rstd = rstds[g]
-        lo = mean - <double> (<work> mean)
+        lo = mean - <double> hi[g * t.k]
         for c in range(g * t.k, (g + 1) * t.k):
             q[c] = rstd * (q[c] - lo * s[c])
         m1 = sum_weighted(s + g * t.k, weight + g * t.k, t.k) * about_mean

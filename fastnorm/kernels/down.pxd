@@ -7,6 +7,37 @@ from fastnorm.kernels.runs cimport map_places
 from fastnorm.kernels.words cimport *
 
 
+cdef inline void sum_down(
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t last, const vec* about,
+    const vec* gate_scale, const vec* gate_shift, vec* s, vec* q, int64_t ahead, int vectors
+) noexcept nogil:
+    """The loop of sum_columns; about is NULL for 0. `last` columns are in the last vec, or more."""
+    cdef bint part = last < WIDTH
+    cdef vec d, e
+    cdef int64_t _row
+    cdef int v
+    for _row in range(rows):
+        for v in range(vectors):
+            d = load_part(x + v * WIDTH, last, 0) if part and v == vectors - 1 else (
+                load(x + v * WIDTH))
+            if about != NULL:
+                d = d - about[v]
+            e = d
+            if ahead:
+                fetch(x + v * WIDTH + ahead)
+                if dy != NULL:
+                    fetch(dy + v * WIDTH + ahead)
+            if dy != NULL:
+                e = load_part(dy + v * WIDTH, last, 0) if part and v == vectors - 1 else (
+                    load(dy + v * WIDTH))
+            if gate_scale != NULL:
+                e = through_relu(d * gate_scale[v] + gate_shift[v], e)
+            s[v] = s[v] + e
+            q[v] = plus_product(e, d, q[v]) if about == NULL else plus(e * d, q[v])
+        x += stride
+        dy = past(dy, stride)
+
+
 cdef inline void sum_columns(
     const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t at, int64_t n,
     const coefficients* c, work* s, work* q, int64_t ahead, int vectors
@@ -20,11 +51,9 @@ cdef inline void sum_columns(
     cdef vec sum_s[CHUNK]
     cdef vec sum_q[CHUNK]
     cdef vec about[CHUNK]
-    cdef vec gate_scale[CHUNK]
-    cdef vec gate_shift[CHUNK]
-    cdef vec d, e
-    cdef int64_t last = n - (vectors - 1) * WIDTH, _row
-    cdef bint part = last < WIDTH
+    cdef vec gates[2 * CHUNK]
+    cdef int64_t last = n - (vectors - 1) * WIDTH
+    cdef const vec* gate = NULL if c.gate_scale == NULL else gates
     cdef int v
     x += at
     dy = past(dy, at)
@@ -32,28 +61,14 @@ cdef inline void sum_columns(
         about[v] = load_work(c.hi + at + v * WIDTH)
         sum_s[v] = load_work(s + at + v * WIDTH)
         sum_q[v] = load_work(q + at + v * WIDTH)
-        if c.gate_scale != NULL:
-            gate_scale[v] = load_work(c.gate_scale + at + v * WIDTH)
-            gate_shift[v] = load_work(c.gate_shift + at + v * WIDTH)
-    for _row in range(rows):
-        for v in range(vectors):
-            d = load_part(x + v * WIDTH, last, 0) if part and v == vectors - 1 else (
-                load(x + v * WIDTH))
-            d = d - about[v]
-            e = d
-            if ahead:
-                fetch(x + v * WIDTH + ahead)
-                if dy != NULL:
-                    fetch(dy + v * WIDTH + ahead)
-            if dy != NULL:
-                e = load_part(dy + v * WIDTH, last, 0) if part and v == vectors - 1 else (
-                    load(dy + v * WIDTH))
-            if c.gate_scale != NULL:
-                e = through_relu(d * gate_scale[v] + gate_shift[v], e)
-            sum_s[v] = sum_s[v] + e
-            sum_q[v] = plus(e * d, sum_q[v])
-        x += stride
-        dy = past(dy, stride)
+        if gate != NULL:
+            gates[v] = load_work(c.gate_scale + at + v * WIDTH)
+            gates[CHUNK + v] = load_work(c.gate_shift + at + v * WIDTH)
+    if EXACT and all_zero(about, vectors):
+        sum_down(x, dy, rows, stride, last, NULL, gate, gates + CHUNK, sum_s, sum_q, ahead, vectors)
+    else:
+        sum_down(x, dy, rows, stride, last, about, gate, gates + CHUNK, sum_s, sum_q, ahead,
+                 vectors)
     for v in range(vectors):
         memcpy(s + at + v * WIDTH, &sum_s[v], sizeof(vec))
         memcpy(q + at + v * WIDTH, &sum_q[v], sizeof(vec))
@@ -104,13 +119,12 @@ cdef inline void map_each(
         y += stride
 
 
-cdef inline void map_rows_of_places(
+cdef inline void map_rows_about(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
-    const coefficients* c, int stream, int64_t ahead, edge* ends
+    const work* hi, const coefficients* c, int stream, int64_t ahead, edge* ends
 ) noexcept nogil:
-    """map_places of rows with coefficients for each place, but neither weight nor bias. (A loop
-    that may ask ahead takes 1.02 times as long where it does not.)"""
-    cdef coefficients own = affine_map(OF_PLACES, c.hi, c.scale, c.shift)
+    """map_rows_of_places about hi, or NULL for 0."""
+    cdef coefficients own = affine_map(OF_PLACES, hi, c.scale, c.shift)
     if dy == NULL and ahead:
         map_each(x, NULL, y, rows, stride, n, &own, stream, ahead, ends)
         return
@@ -125,3 +139,15 @@ cdef inline void map_rows_of_places(
         map_each(x, dy, y, rows, stride, n, &own, stream, ahead, ends)
     else:
         map_each(x, dy, y, rows, stride, n, &own, stream, 0, ends)
+
+
+cdef inline void map_rows_of_places(
+    const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
+    const coefficients* c, int stream, int64_t ahead, edge* ends
+) noexcept nogil:
+    """map_places of rows with coefficients for each place, but neither weight nor bias. (A loop
+    that may ask ahead takes 1.02 times as long where it does not.)"""
+    if EXACT and zeros(c.hi, n):
+        map_rows_about(x, dy, y, rows, stride, n, NULL, c, stream, ahead, ends)
+    else:
+        map_rows_about(x, dy, y, rows, stride, n, c.hi, c, stream, ahead, ends)

@@ -234,7 +234,7 @@ cdef inline affine affine_of(const fn_task* t, int64_t channel, double mean,
                              double rstd) noexcept nogil:
     cdef affine c
     cdef double scale = rstd * <double> (<const work*> t.weight)[channel]
-    c.hi = <work> mean
+    c.hi = hi_of(mean, rstd, far_of(t), t.eps)
     c.scale = <work> scale
     c.shift = <work> (<double> (<const work*> t.bias)[channel] - (mean - <double> c.hi) * scale)
     return c

@@ -19,9 +19,9 @@ cdef struct terms:
 
 cdef inline void start_terms(const fn_task* t, int64_t set_, terms* c) noexcept nogil:
     cdef double mean = t.mean[set_] if t.has_mean else 0
-    c.hi = <work> mean
-    c.lo = mean - <double> c.hi
     c.rstd = t.rstd[set_]
+    c.hi = hi_of(mean, c.rstd, far_of(t), 0) if t.has_mean else <work> 0
+    c.lo = mean - <double> c.hi
     c.offset = <work> (-c.lo * c.rstd)
 
 

@@ -118,7 +118,7 @@ cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int
                               edge* ends) noexcept nogil:
     """Normalize n values with a weight and a bias for each, the first of them `channel`'s. x is
     where they lie, t.x + at or a copy."""
-    cdef work hi = <work> mean, scale = <work> rstd
+    cdef work hi = 0 if t.scaled else hi_of(mean, rstd, far_of(t), t.eps), scale = <work> rstd
     cdef work shift = <work> (-(mean - <double> hi) * rstd)
     cdef coefficients c = affine_map(OF_ALL, &hi, &scale, &shift)
     cdef coefficients own  # c stays in registers
@@ -157,7 +157,7 @@ cdef inline void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0
     cdef work his[BLOCK]
     cdef work scale[BLOCK]
     cdef work shift[BLOCK]
-    cdef work hi = <work> mean
+    cdef work hi = hi_of(mean, rstd, far_of(t), t.eps)
     cdef double lo = mean - <double> hi, scaled
     cdef coefficients c
     if t.i == 1:

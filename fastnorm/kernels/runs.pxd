@@ -16,15 +16,15 @@ from fastnorm.kernels.words cimport *
 
 cdef inline void sum_step(
     const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
-    const vec* gate, vec* s, vec* q
+    const vec* gate, vec* s, vec* q, bint plain
 ) noexcept nogil:
-    """LANES values; n of them where n is not LANES. Where s is NULL, about 0, and only q."""
+    """LANES values; n of them where n is not LANES. Where s is NULL, only q. `plain` is about 0."""
     cdef vec a, d
     cdef int v
     for v in range(VECTORS):
         if n == LANES:
             d = load(x + v * WIDTH)
-            if s != NULL:
+            if not plain:
                 d = d - about
             a = d
             if dy != NULL:
@@ -33,7 +33,7 @@ cdef inline void sum_step(
                     a = a * load_work(weight + v * WIDTH)
         else:
             d = load_part(x + v * WIDTH, n - v * WIDTH, fill)
-            if s != NULL:
+            if not plain:
                 d = d - about
             a = d
             if dy != NULL:
@@ -44,22 +44,22 @@ cdef inline void sum_step(
             a = through_relu(d * gate[0] + gate[1], a)
         if s != NULL:
             s[v] = s[v] + a
-        q[v] = plus(a * d, q[v])
+        q[v] = plus_product(a, d, q[v]) if plain and weight == NULL else plus(a * d, q[v])
 
 
 cdef inline void sum_lanes(
     const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
-    const vec* gate, vec* s, vec* q
+    const vec* gate, vec* s, vec* q, bint plain
 ) noexcept nogil:
     """sum_step over n values."""
     cdef int64_t p = 0
     while p + LANES <= n:
         sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, about, fill, gate, s,
-                 q)
+                 q, plain)
         p += LANES
     if p < n:
         sum_step(x + p, past(dy, p), past_weight(weight, p), n - p, about, fill, gate, s,
-                 q)
+                 q, plain)
 
 
 cdef inline void sum_short(
@@ -76,9 +76,12 @@ cdef inline void sum_short(
     for v in range(VECTORS):
         s[v] = q[v] = splat(0)
     if folded_s == NULL:
-        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, NULL, q)
+        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, NULL, q, True)
+    elif EXACT and about == 0:
+        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, s, q, True)
     else:
-        sum_lanes(x, dy, weight, n, splat(about), about, NULL, s, q)
+        sum_lanes(x, dy, weight, n, splat(about), about, NULL, s, q, False)
+    if folded_s != NULL:
         fold_to_eight(folded_s, s)
     fold_to_eight(folded_q, q)
 
@@ -95,6 +98,16 @@ cdef inline void sum_runs(
 
     Where gate is not NULL, dy is taken back through ReLU, whose input was d*gate[0] + gate[1].
     """
+    if EXACT and about == 0:
+        sum_runs_about(x, dy, weight, runs, stride, n, 0, gate, sums, True)
+    else:
+        sum_runs_about(x, dy, weight, runs, stride, n, about, gate, sums, False)
+
+
+cdef inline void sum_runs_about(
+    const stored* x, const stored* dy, const work* weight, int64_t runs, int64_t stride, int64_t n,
+    work about, const vec* gate, double* sums, bint plain
+) noexcept nogil:
     cdef vec s[VECTORS]
     cdef vec q[VECTORS]
     cdef double total_s[LANES]
@@ -111,7 +124,7 @@ cdef inline void sum_runs(
             stop = minimum(n, p + FLUSH * LANES)
             steps += (stop - p + LANES - 1) // LANES
             sum_lanes(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, gate,
-                      s, q)
+                      s, q, plain)
             p = stop
             if steps >= FLUSH:
                 flush_lanes(s, total_s, flushed)
@@ -164,9 +177,9 @@ cdef inline void sum_runs_exact(
 
 
 cdef inline vec mapped(vec x, vec dy, vec hi, vec scale, vec shift, vec dscale, bint with_dy,
-                       const vec* gate) noexcept nogil:
-    """gate as in sum_runs."""
-    cdef vec d = x - hi
+                       const vec* gate, bint plain) noexcept nogil:
+    """gate as in sum_runs; `plain` where hi is 0."""
+    cdef vec d = x if plain else x - hi
     cdef vec y = d * scale + shift
     if gate != NULL:
         dy = through_relu(d * gate[0] + gate[1], dy)
@@ -204,14 +217,14 @@ cdef inline void map_batch(
         if c.gate_scale != NULL:
             gate[0] = load_work(c.gate_scale + at) if each else one[4]
             gate[1] = load_work(c.gate_shift + at) if each else one[5]
-        if c.hi == NULL:
+        if c.shift == NULL:
             a[v] = a[v] * one[1] * load_work(c.weight + at)
             continue
-        a[v] = mapped(a[v], b[v], load_work(c.hi + at) if each else one[0],
+        a[v] = mapped(a[v], b[v], load_work(c.hi + at) if each and c.hi != NULL else one[0],
                       load_work(c.scale + at) if each else one[1],
                       load_work(c.shift + at) if each else one[2],
                       load_work(c.dscale + at) if each and with_dy else one[3], with_dy,
-                      NULL if c.gate_scale == NULL else gate)
+                      NULL if c.gate_scale == NULL else gate, c.hi == NULL)
         if c.weight != NULL:
             a[v] = a[v] * load_work(c.weight + at) + load_work(c.bias + at)
     put_all(y + p, a, streaming, vectors)
@@ -223,19 +236,19 @@ cdef inline vec mapped_part(const stored* x, const stored* dy, int64_t p, int64_
     cdef bint each = c.which == OF_PLACES
     cdef vec gate[2]
     cdef vec d, u = splat(0)
-    if c.hi == NULL:
+    if c.shift == NULL:
         return load_part(x + p, n, 0) * one[1] * load_work_part(c.weight + p, n, 0)
     if dy != NULL:
         u = load_part(dy + p, n, 0)
     if c.gate_scale != NULL:
         gate[0] = load_work_part(c.gate_scale + p, n, 0) if each else one[4]
         gate[1] = load_work_part(c.gate_shift + p, n, 0) if each else one[5]
-    d = mapped(load_part(x + p, n, c.hi[0]), u,
-               load_work_part(c.hi + p, n, 0) if each else one[0],
+    d = mapped(load_part(x + p, n, 0 if c.hi == NULL else c.hi[0]), u,
+               load_work_part(c.hi + p, n, 0) if each and c.hi != NULL else one[0],
                load_work_part(c.scale + p, n, 0) if each else one[1],
                load_work_part(c.shift + p, n, 0) if each else one[2],
                load_work_part(c.dscale + p, n, 0) if each and dy != NULL else one[3], dy != NULL,
-               NULL if c.gate_scale == NULL else gate)
+               NULL if c.gate_scale == NULL else gate, c.hi == NULL)
     if c.weight != NULL:
         d = d * load_work_part(c.weight + p, n, 0) + load_work_part(c.bias + p, n, 0)
     return d
@@ -270,10 +283,9 @@ cdef inline int64_t map_batches(
 
 
 cdef inline void load_one(vec* one, const coefficients* c, bint with_dy) noexcept nogil:
+    one[0] = splat(0 if c.hi == NULL else c.hi[0])
     one[1] = splat(c.scale[0])
-    if c.hi != NULL:
-        one[0] = splat(c.hi[0])
-        one[2] = splat(c.shift[0])
+    one[2] = splat(0 if c.shift == NULL else c.shift[0])
     one[3] = splat(c.dscale[0] if with_dy else 0)
     if c.gate_scale != NULL:
         one[4] = splat(c.gate_scale[0])
@@ -309,6 +321,19 @@ cdef inline void map_places(
     Places that start anywhere in a line are not batched: 1.05 to 1.15 times as long. Neither are
     dy and x where 16 registers do not hold two batches of both: 0.9 to 1.3 times. (What lies before
     y's first line by map_end: 1.0 to 1.14.)"""
+    cdef coefficients plain
+    if EXACT and of_run.which != OF_PLACES and of_run.hi != NULL and of_run.hi[0] == 0:
+        plain = of_run[0]
+        plain.hi = NULL
+        map_run(x, dy, y, n, &plain, stream, ahead, ends)
+    else:
+        map_run(x, dy, y, n, of_run, stream, ahead, ends)
+
+
+cdef inline void map_run(
+    const stored* x, const stored* dy, stored* y, int64_t n, const coefficients* of_run,
+    int stream, int64_t ahead, edge* ends
+) noexcept nogil:
     cdef coefficients c = of_run[0]  # in registers: y may lie anywhere
     cdef coefficients own
     cdef vec one[6]

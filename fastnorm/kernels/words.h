@@ -6,6 +6,7 @@
 #ifndef FASTNORM_WORDS_H
 #define FASTNORM_WORDS_H
 
+#include <math.h>
 #include <string.h>
 
 #include "short.h"
@@ -122,6 +123,63 @@ static inline vec plus(vec a, vec b)
     (void)one;
     return a + b;
 #endif
+}
+
+/* Whether a product of two stored values is exact in the working type. A fused multiply-add of them
+ * gives the bits of a multiplication and an addition then. */
+#if defined(FN_SHORT)
+enum { EXACT = 1 };
+#else
+enum { EXACT = 0 };
+#endif
+
+/* a*b + c, rounded once, of stored values a and b where these are EXACT. */
+static inline vec plus_product(vec a, vec b, vec c)
+{
+#if !defined(FN_SHORT)
+    return plus(a * b, c);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    vec sum = a * b + c;
+#if defined(FN_TYPE_bfloat16)
+    /* Below the normal numbers products are not exact. */
+    const whole_vec tiny = ((whole_vec)(a * b) & 0x7fffffff) < 0x800000;
+    const whole_vec lost = tiny & (a != splat(0)) & (b != splat(0));
+    int any = 0;
+    for (int j = 0; j < WIDTH; j++) any |= lost[j];
+    for (int j = 0; any && j < WIDTH; j++) sum[j] = fmaf(a[j], b[j], c[j]);
+#endif
+    return sum;
+#endif
+}
+
+/* Whether all of some vectors are 0, and not -0. */
+static inline int all_zero(const vec *v, int vectors)
+{
+    whole_vec bits = (whole_vec)v[0];
+    for (int j = 1; j < vectors; j++) bits |= (whole_vec)v[j];
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask((__m512i)bits, (__m512i)bits) == 0;
+#elif defined(__AVX__)
+    return _mm256_testz_si256((__m256i)bits, (__m256i)bits);
+#else
+    int any = 0;
+    for (int j = 0; j < WIDTH; j++) any |= bits[j] != 0;
+    return !any;
+#endif
+}
+
+/* Whether a[0..n) are all 0. */
+static inline int zeros(const work *a, int64_t n)
+{
+    int any = 0;
+    for (int64_t j = 0; j < n; j++) any |= a[j] != 0;
+    return !any;
 }
 
 /* Lanes below n; any n. */
