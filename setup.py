@@ -43,8 +43,8 @@ MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NUMPY_API = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 HAND_WRITTEN = ("fastnorm.c", "simple.c", "parameters.c", "cpu.c", "parallel.c")
 MODULES = (
-    "rows_forward", "rows_backward", "elements_backward", "columns", "columns_statistics",
-    "across_forward", "across_backward", "edges", "fused", "masks",
+    "rows_forward", "rows_statistics", "rows_backward", "elements_backward", "slabs", "columns",
+    "columns_statistics", "across_forward", "across_backward", "edges", "fused", "masks",
 )
 # Checks that raise would bring Python into the library.
 NO_PYTHON = {"language_level": 3, "cdivision": True, "boundscheck": False, "wraparound": False}

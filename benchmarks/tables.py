@@ -140,6 +140,7 @@ def settings_table():
         ("two threads, bfloat16 (its floor is half as large)", "2-threads-bfloat16", MACHINE),
         ("two threads of a Zen 3, without AVX-512", "2-threads", AVX2),
         ("two threads of a Xeon, its last level as far as memory", "2-threads", DISTANT),
+        ("two threads of that Xeon, bfloat16", "2-threads-bfloat16", DISTANT),
     ):
         rows = load(name, machine=machine)
         slower = [f"{cell} ({row['times']['fastnorm'] / row['times']['PyTorch']:.2f})"

@@ -289,6 +289,8 @@ def onnx_runtime(problem):
     p, op = problem, problem.cell.op
     if problem.cell.backward or p.layout == "NHWC" or p.across or op not in _ONNX_OPERATORS:
         return None
+    if p.x.dtype.name == "bfloat16":  # which it does not bind
+        return None
     import onnx
     import onnxruntime
     from onnx import helper, numpy_helper

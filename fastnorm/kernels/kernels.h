@@ -14,6 +14,9 @@
 #define columns_backward FN_PASTE(columns_backward, FN_DTYPE, FN_LEVEL)
 #define columns_scratch FN_PASTE(columns_scratch, FN_DTYPE, FN_LEVEL)
 #define elements_backward FN_PASTE(elements_backward, FN_DTYPE, FN_LEVEL)
+#define slabs_forward FN_PASTE(slabs_forward, FN_DTYPE, FN_LEVEL)
+#define slabs_backward FN_PASTE(slabs_backward, FN_DTYPE, FN_LEVEL)
+#define exact_statistics FN_PASTE(exact_statistics, FN_DTYPE, FN_LEVEL)
 #define start_columns FN_PASTE(start_columns, FN_DTYPE, FN_LEVEL)
 #define finish_columns FN_PASTE(finish_columns, FN_DTYPE, FN_LEVEL)
 #define across_forward FN_PASTE(across_forward, FN_DTYPE, FN_LEVEL)
@@ -62,6 +65,13 @@ void add_terms(const fn_task *task, int64_t at, int64_t n, stored *kept);
 
 /* elements_backward.pyx */
 void elements_backward(void *context);
+
+/* slabs.pyx */
+void slabs_forward(void *context);
+void slabs_backward(void *context);
+
+/* rows_statistics.pyx */
+void exact_statistics(const void *context, int64_t set_, work about, double *mean, double *var);
 
 /* columns_statistics.pyx */
 void start_columns(const void *context, int64_t b, int64_t c0, int64_t c1);

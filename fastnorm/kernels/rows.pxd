@@ -99,7 +99,7 @@ cdef inline int64_t whole_lines(int64_t n) noexcept nogil:
 
 
 cdef inline void cut_sheets(plan* p) noexcept nogil:
-    """Sheets (slabs.pxd) where a slab holds all sets, which would share lines, and where the runs
+    """Sheets (slabs.pyx) where a slab holds all sets, which would share lines, and where the runs
     of one are many or crowd into a part of the cache. By the geometry alone."""
     cdef const fn_task* t = p.task
     cdef int64_t lines = whole_lines(t.i), sample = t.g * t.i, bytes = sample * sizeof(stored)

@@ -1,4 +1,4 @@
-"""What the two files of the rows loop order backward share: the terms that a set is mapped with."""
+"""What the files of the rows loop order backward share: the terms that a set is mapped with."""
 
 from libc.stdint cimport int64_t
 from libc.string cimport memset
@@ -39,6 +39,20 @@ cdef inline void finish_terms(const plan* p, int64_t set_, double gy, double gyd
         m1 = m2 = 0
     c.scale = <work> (-c.rstd * c.rstd * m2)
     c.shift = <work> (c.rstd * (c.rstd * m2 * c.lo - m1))
+
+
+cdef inline affine gate_of(const fn_task* t, int64_t set_, int64_t channel) noexcept nogil:
+    """The input of the activation."""
+    return affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+
+
+cdef inline void add_channel(const plan* p, int64_t channel, const double* sums, const terms* c,
+                             double* dweight, double* dbias, double* over_set) noexcept nogil:
+    cdef double weight = <double> (<const work*> p.task.weight)[channel]
+    over_set[0] += weight * sums[0]
+    over_set[1] += weight * sums[1]
+    dweight[channel] += c.rstd * (sums[1] - c.lo * sums[0])
+    dbias[channel] += sums[0]
 
 
 cdef inline void merge_parts(const plan* p) noexcept nogil:

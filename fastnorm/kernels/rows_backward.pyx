@@ -1,21 +1,17 @@
 """The rows loop order backward, of runs of one channel; see rows.pxd. Rows with a weight for each
-place are elements_backward.pyx."""
+place are elements_backward.pyx, short runs slabs.pyx."""
 
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.rows cimport *
+from fastnorm.kernels.rows_backward cimport *
 from fastnorm.kernels.runs cimport *
-from fastnorm.kernels.slabs cimport *
 from fastnorm.kernels.words cimport *
 
 
 cdef extern from "kernels.h" nogil:
     void elements_backward(void* context)
-
-
-cdef inline affine gate_of(const fn_task* t, int64_t set_, int64_t channel) noexcept nogil:
-    """The input of the activation."""
-    return affine_of(t, channel, t.mean[set_] if t.has_mean else 0, t.rstd[set_])
+    void slabs_backward(void* context)
 
 
 cdef void deactivate_channel(const plan* p, int64_t set_, int64_t k, int64_t at, int64_t runs,
@@ -92,15 +88,6 @@ cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t
         map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead, ends)
     else:
         map_places(x, dy, <stored*> t.y + at, p1 - p0, &m, t.stream, ahead, ends)
-
-
-cdef inline void add_channel(const plan* p, int64_t channel, const double* sums, const terms* c,
-                             double* dweight, double* dbias, double* over_set) noexcept nogil:
-    cdef double weight = <double> (<const work*> p.task.weight)[channel]
-    over_set[0] += weight * sums[0]
-    over_set[1] += weight * sums[1]
-    dweight[channel] += c.rstd * (sums[1] - c.lo * sums[0])
-    dbias[channel] += sums[0]
 
 
 cdef inline void sum_sets(const plan* p, int64_t first, int64_t sets, const terms* c,
@@ -225,99 +212,6 @@ cdef void backward_block(void* context, int64_t index) noexcept nogil:
         differentiate_block(<const plan*> context, index, True)
 
 
-cdef inline void start_slab(const plan* p, int64_t set_, int64_t s, terms* c,
-                            slab* w) noexcept nogil:
-    """The start of a set's terms, and what its sums are taken about in its places of a slab."""
-    cdef affine z
-    start_terms(p.task, set_, c)
-    fill(w.hi + s * p.n, p.n, c.hi)
-    if p.task.upstream != NULL or p.task.gated:
-        z = gate_of(p.task, set_, set_)
-        fill(w.gate_scale + s * p.n, p.n, z.scale)
-        fill(w.gate_shift + s * p.n, p.n, z.shift)
-
-
-cdef inline void sum_slabs_back(const plan* p, int64_t at, int64_t row, int64_t stop, int64_t sets,
-                                slab* w, double* sums) noexcept nogil:
-    """sum_slabs of samples whose first set is at `at` in the first sample."""
-    cdef const fn_task* t = p.task
-    cdef coefficients input
-    if t.upstream != NULL:
-        input = affine_map(OF_PLACES, w.hi, w.gate_scale, w.gate_shift)
-        map_fused(t, at + row * p.stride, sets * p.n, stop - row, p.stride, &input, NULL)
-    sum_slabs(p, <const stored*> t.x + at, <const stored*> t.dy + at, row, stop, sets, w, sums)
-
-
-cdef inline void finish_slab(const plan* p, int64_t set_, int64_t s, const double* over_set,
-                             terms* c, slab* w) noexcept nogil:
-    """What a set is mapped with."""
-    finish_terms(p, set_, over_set[0], over_set[1], c, False)
-    fill(w.s + s * p.n, p.n, c.scale)
-    fill(w.q + s * p.n, p.n, c.shift)
-    fill(w.d + s * p.n, p.n, <work> (
-        c.rstd * <double> (<const work*> p.task.weight)[set_]))
-
-
-cdef void backward_slabs(void* context, int64_t index) noexcept nogil:
-    """backward_block in slabs."""
-    cdef const plan* p = <const plan*> context
-    cdef slab w
-    cdef terms c[BLOCK]
-    cdef double sums[2 * BLOCK]
-    cdef double over_set[2]
-    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
-    while first < end:
-        sets = minimum(p.group, end - first)
-        for s in range(sets):
-            start_slab(p, first + s, s, &c[s], &w)
-        sum_slabs_back(p, first * p.n, 0, p.task.o, sets, &w, sums)
-        for s in range(sets):
-            over_set[0] = over_set[1] = 0
-            add_channel(p, first + s, sums + 2 * s, &c[s], p.partial, p.partial + p.sets, over_set)
-            finish_slab(p, first + s, s, over_set, &c[s], &w)
-        map_slabs(p, first * p.n, p.task.o, sets, &w)
-        first += sets
-
-
-cdef void sheet_sums(void* context, int64_t index) noexcept nogil:
-    cdef const plan* p = <const plan*> context
-    cdef sheet a = sheet_of(p, index)
-    cdef slab w
-    cdef terms c
-    cdef int64_t s
-    for s in range(a.sets):
-        start_slab(p, a.first + s, s, &c, &w)
-    sum_slabs_back(p, a.first * p.n, a.row, a.stop, a.sets, &w, a.sums)
-
-
-cdef void sheet_map(void* context, int64_t index) noexcept nogil:
-    cdef const plan* p = <const plan*> context
-    cdef sheet a = sheet_of(p, index)
-    cdef slab w
-    cdef terms c
-    cdef int64_t s
-    for s in range(a.sets):
-        start_slab(p, a.first + s, s, &c, &w)
-        finish_slab(p, a.first + s, s, of_all_sheets(p, a.first + s), &c, &w)
-    map_slabs(p, a.row * p.stride + a.first * p.n, a.stop - a.row, a.sets, &w)
-
-
-cdef void backward_sheets(plan* p) noexcept nogil:
-    cdef const fn_task* t = p.task
-    cdef double sums[2]
-    cdef double* over_set
-    cdef terms c
-    cdef int64_t s
-    fn_parallel_for(t, all_sheets(p), sheet_sums, p, False)
-    for s in range(p.sets):
-        over_set = of_all_sheets(p, s)
-        over_set[0] = over_set[1] = t.dweight[s] = t.dbias[s] = 0
-        start_terms(t, s, &c)
-        merge_sheets(p, s, sums)
-        add_channel(p, s, sums, &c, t.dweight, t.dbias, over_set)
-    fn_parallel_for(t, all_sheets(p), sheet_map, p, True)
-
-
 cdef inline void unit_bounds(const plan* p, int64_t index, int64_t* set_, int64_t* k0, int64_t* k1,
                              int64_t* tile) noexcept nogil:
     """A split backward's unit: a tile of a channel, or whole channels where they are short."""
@@ -397,17 +291,16 @@ cdef public void rows_backward(const fn_task* task) noexcept nogil:
         own.dy = own.y
     p.blocks = ceil_div(t.g, p.block)
     if p.sheets > 1:
-        backward_sheets(&p)
+        slabs_backward(&p)
     elif t.i == 1:
         elements_backward(&p)
     elif few_and_large(&p):
         memset(t.dweight, 0, t.g * t.k * sizeof(double))
         memset(t.dbias, 0, t.g * t.k * sizeof(double))
         backward_split(&p)
+    elif in_slabs(t):
+        slabs_backward(&p)
     else:
         memset(p.partial, 0, 2 * p.b_tiles * t.g * t.k * sizeof(double))
-        if in_slabs(t):
-            fn_parallel_for(t, p.blocks, backward_slabs, &p, False)
-        else:
-            fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p, False)
+        fn_parallel_for(t, p.b_tiles * p.blocks, backward_block, &p, False)
         merge_parts(&p)

@@ -1,11 +1,15 @@
-"""The rows loop order forward; see rows.pxd."""
+"""The rows loop order forward; see rows.pxd. Short runs are slabs.pyx."""
 
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.rows cimport *
+from fastnorm.kernels.rows_forward cimport *
 from fastnorm.kernels.runs cimport *
-from fastnorm.kernels.slabs cimport *
 from fastnorm.kernels.words cimport *
+
+
+cdef extern from "kernels.h" nogil:
+    void slabs_forward(void* context)
 
 
 cdef public size_t rows_scratch(const fn_task* t) noexcept nogil:
@@ -21,96 +25,6 @@ cdef public size_t rows_scratch(const fn_task* t) noexcept nogil:
     if t.b == t.k == 1 and 1 < t.i < SHORT_RUN:  # in sheets, perhaps
         backward = maximum(backward, (2 * SHEETS + 3) * t.g)
     return maximum(forward, backward) * sizeof(double)
-
-
-# What every set goes through is told whether there is a mask: where there is none, its words are
-# not in the loops at all (with them, sets of 64 values took 1.2 to 1.4 times as long).
-
-
-cdef inline work sample(const plan* p, int64_t set_, bint masked) noexcept nogil:
-    cdef int64_t at = set_start(p.task, set_)
-    if not p.task.has_mean:
-        return 0
-    if masked:
-        return sample_valid(p.task, set_, at, p.stride)
-    return sample_runs(<const stored*> p.task.x + at, p.task.o, p.stride, p.n)
-
-
-cdef inline void sum_tile(const plan* p, int64_t set_, work about, int64_t tile, double* sums,
-                          bint masked) noexcept nogil:
-    cdef int64_t r0, r1, p0, p1, r, at = set_start(p.task, set_)
-    tile_bounds(p, tile, &r0, &r1, &p0, &p1)
-    if not masked:
-        sum_runs(<const stored*> p.task.x + at + r0 * p.stride + p0, NULL, NULL, r1 - r0, p.stride,
-                 p1 - p0, about, NULL, sums)
-    else:
-        for r in range(r0, r1):
-            sum_valid(p.task, at + r * p.stride + p0, p1 - p0, about, sums)
-
-
-cdef void sum_exact(const plan* p, int64_t set_, double about, double* sums) noexcept nogil:
-    cdef int64_t at = set_start(p.task, set_), r
-    sums[0] = sums[1] = 0
-    if p.task.mask == NULL:
-        sum_runs_exact(<const stored*> p.task.x + at, p.task.o, p.stride, p.n, about, sums)
-    else:
-        for r in range(p.task.o):
-            sum_valid_exact(p.task, at + r * p.stride, p.n, about, sums)
-
-
-cdef void exact_statistics(const plan* p, int64_t set_, work about, double* mean,
-                           double* var) noexcept nogil:
-    """Where the sums about `about`, which gave this mean, lose too many digits. What lies far from
-    the sample, as most of an image may from its first pixels, is summed about that mean; else
-    come the mean, then the variance about it, in double: two more reads of the set."""
-    cdef const fn_task* t = p.task
-    cdef double count = values_of(t, set_ // t.g)
-    cdef double sums[2]
-    cdef work near = on_grid(<work> mean[0])
-    cdef int64_t tile
-    if t.has_mean and near != about:
-        sums[0] = sums[1] = 0
-        for tile in range(p.tiles):
-            sum_tile(p, set_, near, tile, sums, t.mask != NULL)
-        if not cancels(sums[0], sums[1], count):
-            mean[0] = <double> near + sums[0] / count
-            var[0] = (sums[1] - sums[0] * sums[0] / count) / count
-            return
-    mean[0] = 0
-    if t.has_mean:
-        sum_exact(p, set_, about, sums)
-        mean[0] = about + sums[0] / count
-    sum_exact(p, set_, mean[0], sums)
-    if not t.has_mean:
-        sums[0] = 0
-    mean[0] += sums[0] / count
-    var[0] = (sums[1] - sums[0] * sums[0] / count) / count
-
-
-cdef inline void finish_set(const plan* p, int64_t set_, work about, const double* sums,
-                            double* mean, double* rstd, bint masked) noexcept nogil:
-    """Statistics from the sums; 0 where no value counts."""
-    cdef const fn_task* t = p.task
-    cdef double s = sums[0] if t.has_mean else 0, var, count = <double> (t.o * p.n)
-    cdef double inverse = p.inverse
-    if masked:
-        count = values_of(t, set_ // t.g)
-        inverse = 1.0 / count if count > 0 else 0
-    mean[0] = about + s * inverse
-    var = (sums[1] - s * s * inverse) * inverse
-    if masked and count == 0:
-        mean[0] = var = 0
-    elif cancels(s, sums[1], count):
-        exact_statistics(p, set_, about, mean, &var)
-    rstd[0] = 1.0 / sqrt(var + t.eps)
-    if masked and count == 0:
-        rstd[0] = 0
-    if t.mean != NULL:
-        t.mean[set_] = mean[0]
-    if t.var != NULL:
-        t.var[set_] = var
-    if t.rstd != NULL:
-        t.rstd[set_] = rstd[0]
 
 
 cdef inline void map_elements(const fn_task* t, const stored* x, int64_t at, int64_t channel,
@@ -438,83 +352,6 @@ cdef void forward_few(void* context, int64_t index) noexcept nogil:
         normalize_few(<const plan*> context, index, True)
 
 
-cdef inline void fill_forward(const plan* p, int64_t set_, double mean, double rstd, int64_t s,
-                              slab* w) noexcept nogil:
-    """What a set is mapped with, into its places of a slab, the s-th ones."""
-    cdef affine c = affine_of(p.task, set_, mean, rstd)
-    fill(w.hi + s * p.n, p.n, c.hi)
-    fill(w.s + s * p.n, p.n, c.scale)
-    fill(w.q + s * p.n, p.n, c.shift)
-
-
-cdef void forward_slabs(void* context, int64_t index) noexcept nogil:
-    """forward_block in slabs."""
-    cdef const plan* p = <const plan*> context
-    cdef const fn_task* t = p.task
-    cdef slab w
-    cdef work about[BLOCK]
-    cdef double sums[2 * BLOCK]
-    cdef double mean, rstd
-    cdef int64_t first = index * p.block, end = minimum(p.sets, first + p.block), sets, s
-    while first < end:
-        sets = minimum(p.group, end - first)
-        if not t.given:
-            for s in range(sets):
-                about[s] = sample(p, first + s, False)
-                fill(w.hi + s * p.n, p.n, about[s])
-            sum_slabs(p, <const stored*> t.x + first * p.n, NULL, 0, t.o, sets, &w, sums)
-        for s in range(sets):
-            if t.given:
-                mean = t.mean[first + s]
-                rstd = p.partial[first + s]
-            else:
-                finish_set(p, first + s, about[s], sums + 2 * s, &mean, &rstd, False)
-            fill_forward(p, first + s, mean, rstd, s, &w)
-        map_slabs(p, first * p.n, t.o, sets, &w)
-        first += sets
-
-
-cdef void sheet_sums(void* context, int64_t index) noexcept nogil:
-    cdef const plan* p = <const plan*> context
-    cdef sheet a = sheet_of(p, index)
-    cdef slab w
-    cdef int64_t s
-    for s in range(a.sets):
-        fill(w.hi + s * p.n, p.n, <work> of_all_sheets(p, a.first + s)[0])
-    sum_slabs(p, <const stored*> p.task.x + a.first * p.n, NULL, a.row, a.stop, a.sets, &w, a.sums)
-
-
-cdef void sheet_map(void* context, int64_t index) noexcept nogil:
-    cdef const plan* p = <const plan*> context
-    cdef sheet a = sheet_of(p, index)
-    cdef slab w
-    cdef double* found
-    cdef int64_t s
-    for s in range(a.sets):
-        found = of_all_sheets(p, a.first + s)
-        fill_forward(p, a.first + s, found[1], found[2], s, &w)
-    map_slabs(p, a.row * p.stride + a.first * p.n, a.stop - a.row, a.sets, &w)
-
-
-cdef void forward_sheets(plan* p) noexcept nogil:
-    cdef const fn_task* t = p.task
-    cdef double sums[2]
-    cdef double* found
-    cdef int64_t s
-    for s in range(p.sets):
-        of_all_sheets(p, s)[0] = 0 if t.given else sample(p, s, False)
-    if not t.given:
-        fn_parallel_for(t, all_sheets(p), sheet_sums, p, False)
-    for s in range(p.sets):
-        found = of_all_sheets(p, s)
-        if t.given:
-            found[1], found[2] = t.mean[s], 1.0 / sqrt(t.var[s] + t.eps)
-        else:
-            merge_sheets(p, s, sums)
-            finish_set(p, s, <work> found[0], sums, found + 1, found + 2, False)
-    fn_parallel_for(t, all_sheets(p), sheet_map, p, True)
-
-
 cdef void forward_tile_sums(void* context, int64_t index) noexcept nogil:
     cdef const plan* p = <const plan*> context
     cdef int64_t set_ = index // p.tiles
@@ -571,8 +408,8 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
     cdef double sums[2]
     cdef double* found
     cut(&p, t, t.k * t.i)
-    if p.sheets > 1:
-        forward_sheets(&p)
+    if in_slabs(t):
+        slabs_forward(&p)
         return
     if t.given:
         for set_ in range(t.g):
@@ -580,9 +417,7 @@ cdef public void rows_forward(const fn_task* t) noexcept nogil:
         if p.pieces == 1:  # no sums: tiles of all sets, as many for each thread
             p.tile_runs = minimum(p.tile_runs, ceil_div(t.o * t.g, maximum(1, t.threads)))
             p.tile_runs = ceil_div(t.o * t.g, shared_evenly(ceil_div(t.o * t.g, p.tile_runs)))
-    if in_slabs(t):
-        fn_parallel_for(t, ceil_div(p.sets, p.block), forward_slabs, &p, False)
-    elif t.given:
+    if t.given:
         fn_parallel_for(t, ceil_div(t.o * t.g, p.tile_runs) * p.pieces, given_tile, &p, False)
     elif few_and_large(&p):
         if t.terms[0] != NULL:

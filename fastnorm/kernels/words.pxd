@@ -121,6 +121,9 @@ cdef extern from "kernels.h" nogil:
                    const coefficients* c, edge* ends)
     void add_terms(const fn_task* task, int64_t at, int64_t n, stored* kept)
 
+    # Of rows_statistics.pyx.
+    void exact_statistics(const void* context, int64_t set_, work about, double* mean, double* var)
+
     # Of columns_statistics.pyx.
     void start_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
     void finish_columns(const void* context, int64_t b, int64_t c0, int64_t c1)
