@@ -40,6 +40,7 @@ TOGETHER = 8  # rows mapped together: what belongs to places is loaded once (0.7
 FAR = 3072  # bytes from a row to the next, from which several are read together: nearer, the
 # processor foresees them one by one better (14x14 0.7 of the time; 28x28 1.2)
 JOINED = 4096  # values of rows that are put together
+MOST_LANES = 16  # of a line
 PARTS = 32  # of the strips, that sum dweight each for themselves
 
 
@@ -176,12 +177,10 @@ def backward_across(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, 
             n = min(places, s - first)
             start = unit // strips * k * s + first
             set_ = unit // strips * s + first
-            hi = np.zeros(n, weight.dtype)
-            near = np.zeros(n, weight.dtype)  # rstd, and with offset xhat from x - hi
-            offset = np.zeros(n, weight.dtype)
-            scale = np.zeros(n, weight.dtype)
-            shift = np.zeros(n, weight.dtype)
-            dscale = np.zeros(n, weight.dtype)
+            whole = (n + MOST_LANES - 1) // MOST_LANES * MOST_LANES
+            room = np.zeros((6, whole), weight.dtype)
+            hi, scale, shift, dscale = room[0, :n], room[1, :n], room[2, :n], room[3, :n]
+            near, offset = room[4, :n], room[5, :n]  # rstd, and with offset xhat from x - hi
             sums = np.zeros((2, n))
             for c in range(n):
                 hi[c] = mean[set_ + c]
@@ -213,8 +212,9 @@ def backward_across(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, 
                     )
             kept, filled, to = np.empty(JOINED + LINE if joining else 0, dx.dtype), 0, start
             for r in range(k):
-                for c in range(n):
-                    dscale[c] = near[c] * weight[r]
+                # Whole lines of them: a load of a part waits where several stores filled it.
+                for c in range(whole):
+                    room[3, c] = room[4, c] * weight[r]
                 place = start + r * s
                 map_product_rows(
                     x[place:], dy[place:], kept[filled:] if joining else dx[place:], (), 1, 0, hi,

@@ -11,7 +11,7 @@ from numba import float64
 from numba.extending import overload
 
 from fastnorm.backends.numba_jit import INLINING
-from fastnorm.backends.numba_simd import Vector, choose, load
+from fastnorm.backends.numba_simd import Vector, choose, load, load_part
 
 # Named here, and compiled as the overloads below say.
 
@@ -28,8 +28,8 @@ def gate_line(gate, j):
     """The gate of a vector at place j."""
 
 
-def gate_place(gate, j):
-    """The gate of place j, of one that is of the places."""
+def gate_part(gate, place):
+    """Of a part of a vector, as load_part."""
 
 
 def through(u, d, gate):
@@ -57,11 +57,11 @@ def _gate_line(gate, j):
     return lambda gate, j: (load(gate[0], j), load(gate[1], j))
 
 
-@overload(gate_place, jit_options=INLINING)
-def _gate_place(gate, j):
+@overload(gate_part, jit_options=INLINING)
+def _gate_part(gate, place):
     if len(gate) == 0:
-        return lambda gate, j: ()
-    return lambda gate, j: (gate[0][j], gate[1][j])
+        return lambda gate, place: ()
+    return lambda gate, place: (load_part(gate[0], place), load_part(gate[1], place))
 
 
 @overload(through, jit_options=INLINING)

@@ -6,7 +6,7 @@ They start at 0: from anywhere else Numba's indices could be negative, and the l
 become vectors.
 """
 
-from fastnorm.backends.numba_gate import gate_line, gate_place, through
+from fastnorm.backends.numba_gate import gate_line, gate_part, through
 from fastnorm.backends.numba_jit import inlined
 from fastnorm.backends.numba_simd import (
     LINE,
@@ -15,9 +15,11 @@ from fastnorm.backends.numba_simd import (
     bytes_of,
     lanes,
     load,
+    load_part,
     put,
     splat,
     store,
+    store_part,
     stream,
 )
 from fastnorm.backends.numba_words import IN_ORDER
@@ -177,9 +179,12 @@ stored_rows, rows_past = _map_rows(store), _map_rows(stream)
 
 @inlined
 def fill_rows(x, y, rows, stride, hi, scale, shift, first, stop):
-    for r in range(rows):
-        for j in range(first, stop):
-            put(y, r * stride + j, affine(at(x, r * stride + j), hi[j], scale[j], shift[j]))
+    for j in range(first, stop, lanes(y)):
+        n = min(lanes(y), stop - j)
+        h, a, b = load_part(hi, (j, n)), load_part(scale, (j, n)), load_part(shift, (j, n))
+        for r in range(rows):
+            place = r * stride + j, n
+            store_part(y, place, affine(load_part(x, place), h, a, b))
 
 
 @inlined
@@ -239,11 +244,14 @@ stored_product_rows, product_rows_past = _map_product_rows(store), _map_product_
 
 @inlined
 def fill_product_rows(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, first, stop):
-    for r in range(rows):
-        for j in range(first, stop):
-            put(dx, r * stride + j, affine_products(
-                at(x, r * stride + j), at(dy, r * stride + j), gate_place(gate, j), hi[j], scale[j],
-                shift[j], dscale[j],
+    for j in range(first, stop, lanes(dx)):
+        n = min(lanes(dx), stop - j)
+        g, h, a = gate_part(gate, (j, n)), load_part(hi, (j, n)), load_part(scale, (j, n))
+        b, c = load_part(shift, (j, n)), load_part(dscale, (j, n))
+        for r in range(rows):
+            place = r * stride + j, n
+            store_part(dx, place, affine_products(
+                load_part(x, place), load_part(dy, place), g, h, a, b, c
             ))
 
 
@@ -289,10 +297,13 @@ stored_scaled_rows, scaled_rows_past = _map_scaled_rows(store), _map_scaled_rows
 
 @inlined
 def fill_scaled_rows(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
-    for r in range(rows):
-        for j in range(first, stop):
-            put(y, r * stride + j, affine_weighted(
-                at(x, r * stride + j), hi[j], scale[j], shift[j], weight[r], bias[r]
+    for j in range(first, stop, lanes(y)):
+        n = min(lanes(y), stop - j)
+        h, a, b = load_part(hi, (j, n)), load_part(scale, (j, n)), load_part(shift, (j, n))
+        for r in range(rows):
+            place = r * stride + j, n
+            store_part(y, place, affine_weighted(
+                load_part(x, place), h, a, b, splat(weight[r]), splat(bias[r])
             ))
 
 
@@ -338,13 +349,20 @@ stored_weighted_rows, weighted_rows_past = _map_weighted_rows(store), _map_weigh
 @inlined
 def fill_weighted_rows(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
     hi, scale, shift, rstd, offset = terms
-    for r in range(rows):
-        for j in range(first, stop):
-            u = at(dy, r * stride + j)
-            d = at(x, r * stride + j) - hi[r]
-            dweight[j] += u * (d * rstd[r] + offset[r])
-            dbias[j] += u
-            put(dx, r * stride + j, d * scale[r] + shift[r] + u * weight[j] * rstd[r])
+    for j in range(first, stop, lanes(dx)):
+        n = min(lanes(dx), stop - j)
+        w, s, q = load_part(weight, (j, n)), load_part(dweight, (j, n)), load_part(dbias, (j, n))
+        for r in range(rows):
+            place = r * stride + j, n
+            u = load_part(dy, place)
+            d = load_part(x, place) - splat(hi[r])
+            s = s + u * (d * splat(rstd[r]) + splat(offset[r]))
+            q = q + u
+            store_part(
+                dx, place, d * splat(scale[r]) + splat(shift[r]) + u * w * splat(rstd[r])
+            )
+        store_part(dweight, (j, n), s)
+        store_part(dbias, (j, n), q)
 
 
 @inlined

@@ -177,6 +177,19 @@ def _same(_context, _builder, _signature, arguments):
     return arguments[0]
 
 
+@intrinsic
+def splat_part(_typing, value, count):
+    """splat in the first `count` lanes; the others are 0."""
+    kind = Vector(value)
+
+    def build(_context, builder, _signature, arguments):
+        vector = _splat(builder, arguments[0], kind.lanes)
+        mask = _first(builder, arguments[1], kind.lanes)
+        return builder.select(mask, vector, ir.Constant(vector.type, None))
+
+    return kind(value, count), build
+
+
 # Of a number instead of an array, these are the number.
 
 
@@ -195,6 +208,27 @@ def load(_typing, array, index):
     return kind(array, types.intp), build
 
 
+_LETTERS = {"float": "f32", "double": "f64", "i16": "i16"}  # of LLVM's types, in names of functions
+
+
+def _masked(builder, operation, vector, result, operands):
+    """LLVM's masked load or store of a vector: it touches no lane that is left out. (Loops over the
+    last values one by one took 1.0 to 1.2 times as long: rows of 300, images of 7x7 and 14x14.)"""
+    name = f"v{vector.count}{_LETTERS[str(vector.element)]}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [operand.type for operand in operands]),
+        f"llvm.masked.{operation}.{name}.p0{name}",
+    )
+    return builder.call(function, operands)
+
+
+def _first(builder, count, lanes):
+    """A mask of the first `count` lanes."""
+    lane = ir.IntType(32)
+    places = ir.Constant(ir.VectorType(lane, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", places, _splat(builder, builder.trunc(count, lane), lanes))
+
+
 @intrinsic
 def load_part(_typing, array, place):
     """load at place[0] of place[1] values, at most a vector; the other lanes are 0."""
@@ -205,11 +239,13 @@ def load_part(_typing, array, place):
     def build(context, builder, _signature, arguments):
         index, count = cgutils.unpack_tuple(builder, arguments[1])
         stored = ir.VectorType(context.get_value_type(array.dtype), kind.lanes)
-        room = cgutils.alloca_once(builder, stored)
-        builder.store(ir.Constant(stored, None), room)
-        element = _pointer(context, builder, array, arguments[0], index, stored)
-        cgutils.raw_memcpy(builder, room, element, count, array.dtype.bitwidth // 8)
-        return _read(builder, array.dtype, room)
+        pointer = _pointer(context, builder, array, arguments[0], index, stored)
+        align = ir.Constant(ir.IntType(32), array.dtype.bitwidth // 8)
+        mask = _first(builder, count, kind.lanes)
+        value = _masked(
+            builder, "load", stored, stored, [pointer, align, mask, ir.Constant(stored, None)]
+        )
+        return _widen(builder, array.dtype, value) if array.dtype in SHORT else value
 
     return kind(array, place), build
 
@@ -339,10 +375,10 @@ def store_part(_typing, array, place, value):
         bits = arguments[2]
         if array.dtype in SHORT:
             bits = _narrow(builder, array.dtype, bits)
-        room = cgutils.alloca_once(builder, bits.type)
-        builder.store(bits, room)
-        element = _pointer(context, builder, array, arguments[0], index, bits.type)
-        cgutils.raw_memcpy(builder, element, room, count, array.dtype.bitwidth // 8)
+        pointer = _pointer(context, builder, array, arguments[0], index, bits.type)
+        align = ir.Constant(ir.IntType(32), array.dtype.bitwidth // 8)
+        mask = _first(builder, count, value.lanes)
+        _masked(builder, "store", bits.type, ir.VoidType(), [bits, pointer, align, mask])
         return context.get_dummy_value()
 
     return types.void(array, place, value), build

@@ -8,17 +8,20 @@ the blocks are merged in double. Every operation keeps its order and its roundin
 from numba import float64
 
 from fastnorm.backends import scalar
-from fastnorm.backends.numba_gate import gate_line, gate_place, through
+from fastnorm.backends.numba_gate import gate_line, gate_part, through
 from fastnorm.backends.numba_jit import called, inlined
 from fastnorm.backends.numba_simd import (
     at,
     fold,
     lanes,
     load,
+    load_part,
     on_grid,
     rounded,
     splat,
+    splat_part,
     store,
+    store_part,
 )
 
 BLOCK = 2048  # values of a run summed in the working type
@@ -38,36 +41,42 @@ backward_terms = inlined(scalar.backward_terms)
 # ---- runs ------------------------------------------------------------------------------------
 
 
-@inlined
-def term_of_x(x, dy, weight, gate, j, about):
-    """(a, d) of which a sum takes a and a*d."""
-    d = load(x, j) - about
-    return d, d
-
-
-@inlined
-def term_of_dy(x, dy, weight, gate, j, about):
-    d = load(x, j) - about
-    return through(load(dy, j), d, gate), d
-
-
-@inlined
-def term_of_weighted_dy(x, dy, weight, gate, j, about):
-    return load(dy, j) * load(weight, j), load(x, j) - about
-
-
-def _whole_lines(term):
-    """A function of sums over [0, stop), whole lines. (A function handed to another at run time
-    could not be cached.)"""
+def _terms(read):
+    """(a, d) of which a sum takes a and a*d, of a line or of a part of one."""
 
     @inlined
-    def whole_lines(x, dy, weight, gate, about, stop):
+    def of_x(x, dy, weight, gate, j, about):
+        d = read(x, j) - about
+        return d, d
+
+    @inlined
+    def of_dy(x, dy, weight, gate, j, about):
+        d = read(x, j) - about
+        return through(read(dy, j), d, gate), d
+
+    @inlined
+    def of_weighted_dy(x, dy, weight, gate, j, about):
+        return read(dy, j) * read(weight, j), read(x, j) - about
+
+    return of_x, of_dy, of_weighted_dy
+
+
+TERMS, TERMS_OF_PARTS = _terms(load), _terms(load_part)
+
+
+def _run_sums(term, term_of_part):
+    """A function of sums over a run. (A function handed to another at run time could not be
+    cached. The last part summed first, before the lines: 1.15 times as long at rows of 300.)"""
+
+    @inlined
+    def sums(x, dy, weight, gate, about):
         width = lanes(x)
+        stop = x.size - x.size % width
         center = splat(about)
         own = gate_line(gate, 0)
         s = 0.0
         q = 0.0
-        for start in range(0, stop, BLOCK):
+        for start in range(0, max(1, stop), BLOCK):
             end = min(stop, start + BLOCK)
             # Two lines at a time, so that neither waits for the other.
             s0 = s1 = q0 = q1 = splat(rounded(x, 0))
@@ -82,28 +91,25 @@ def _whole_lines(term):
                 a, d = term(x, dy, weight, own, end - width, center)
                 s0 = s0 + a
                 q0 = q0 + a * d
+            if end == stop < x.size:
+                last = stop, x.size - stop
+                a, d = term_of_part(x, dy, weight, own, last, splat_part(about, last[1]))
+                s1 = s1 + a
+                q1 = q1 + a * d
             s += fold(s0 + s1)
             q += fold(q0 + q1)
         return s, q
 
-    return whole_lines
+    return sums
 
 
-lines_of_x = _whole_lines(term_of_x)
-lines_of_dy = _whole_lines(term_of_dy)
-lines_of_weighted_dy = _whole_lines(term_of_weighted_dy)
+sums_of_x, sums_of_dy, sums_of_weighted_dy = map(_run_sums, TERMS, TERMS_OF_PARTS)
 
 
 @inlined
 def run_sums(x, about):
     """Sums of d and of d*d, d = x - about."""
-    stop = x.size - x.size % (lanes(x))
-    s, q = lines_of_x(x, x, x, (), about, stop)
-    for j in range(stop, x.size):
-        d = float64(at(x, j) - about)
-        s += d
-        q += d * d
-    return s, q
+    return sums_of_x(x, x, x, (), about)
 
 
 @inlined
@@ -121,26 +127,13 @@ def run_sums_exact(x, about):
 @inlined
 def run_products(x, dy, gate, about):
     """Sums of dy and of dy*(x - about); a gate is of numbers."""
-    stop = x.size - x.size % (lanes(x))
-    s, q = lines_of_dy(x, dy, dy, gate, about, stop)
-    for j in range(stop, x.size):
-        d = at(x, j) - about
-        u = float64(through(at(dy, j), d, gate))
-        s += u
-        q += u * float64(d)
-    return s, q
+    return sums_of_dy(x, dy, dy, gate, about)
 
 
 @inlined
 def run_products_weighted(x, dy, weight, about):
     """Sums of dy*weight and of dy*weight*(x - about), a weight for each place."""
-    stop = x.size - x.size % (lanes(x))
-    s, q = lines_of_weighted_dy(x, dy, weight, (), about, stop)
-    for j in range(stop, x.size):
-        gy = float64(at(dy, j)) * float64(weight[j])
-        s += gy
-        q += gy * float64(at(x, j) - about)
-    return s, q
+    return sums_of_weighted_dy(x, dy, weight, (), about)
 
 
 # ---- statistics of a set of runs -----------------------------------------------------------------
@@ -211,13 +204,14 @@ def statistics(x, start, stride, runs, n, about, s, q, has_mean):
 # ---- columns -------------------------------------------------------------------------------------
 
 
-def _down_columns(term):
-    """A function of sums down the whole lines of columns: four lines at a time, whose sums stay in
-    registers, and then the others."""
+def _down_columns(term, term_of_part):
+    """A function of sums down columns: four lines at a time, whose sums stay in registers, then the
+    others, and the last columns."""
 
     @inlined
-    def whole_lines(x, dy, gate, rows, stride, about, s, q, stop):
+    def down(x, dy, gate, rows, stride, about, s, q):
         w = lanes(x)
+        stop = about.size - about.size % w
         quads = stop - stop % (4 * w)
         for j in range(0, quads, 4 * w):
             c0, c1, c2, c3 = (
@@ -252,47 +246,50 @@ def _down_columns(term):
                 s0, q0 = s0 + a, q0 + a * d
             store(s, j, s0)
             store(q, j, q0)
+        if stop < about.size:
+            last = stop, about.size - stop
+            c0, s0, q0 = load_part(about, last), load_part(s, last), load_part(q, last)
+            g0 = gate_part(gate, last)
+            for r in range(rows):
+                a, d = term_of_part(x, dy, dy, g0, (r * stride + stop, last[1]), c0)
+                s0, q0 = s0 + a, q0 + a * d
+            store_part(s, last, s0)
+            store_part(q, last, q0)
 
-    return whole_lines
+    return down
 
 
-down_x = _down_columns(term_of_x)
-down_dy = _down_columns(term_of_dy)
-
-
-def _add_rows(down, both):
-    """A function that adds to s and q the sums of run_sums down the columns of rows, or with `both`
-    those of run_products; `step` rows of some columns before the next."""
+def _add_rows(down):
+    """A function that adds to s and q the sums of run_sums or run_products down the columns of
+    rows; `step` rows of some columns before the next."""
 
     @inlined
     def add(x, dy, gate, rows, stride, about, s, q, step):
-        width = about.size
-        stop = width - width % lanes(x)
-        if width <= 4 * lanes(x):
+        if about.size <= 4 * lanes(x):
             step = rows
         for row in range(0, rows, step):
             at_row = row * stride
-            down(
-                x[at_row:], dy[at_row:], gate, min(step, rows - row), stride, about, s, q, stop
-            )
-        for r in range(rows):
-            for j in range(stop, width):
-                d = at(x, r * stride + j) - about[j]
-                a = through(at(dy, r * stride + j), d, gate_place(gate, j)) if both else d
-                s[j] += a
-                q[j] += a * d
+            down(x[at_row:], dy[at_row:], gate, min(step, rows - row), stride, about, s, q)
 
     return add
 
 
-add_rows, add_row_products = _add_rows(down_x, False), _add_rows(down_dy, True)
+add_rows, add_row_products = map(
+    _add_rows, map(_down_columns, TERMS[:2], TERMS_OF_PARTS[:2])
+)
 
 
-@inlined
-def place_terms(x, dy, at, weight, about, rstd, offset):
-    """(dy*xhat, dy, dy*weight, dy*weight*(x - about)) of a line of places."""
-    d, u = load(x, at) - about, load(dy, at)
-    return u * (d * rstd + offset), u, u * weight, u * weight * d
+def _place_terms(read):
+    @inlined
+    def place_terms(x, dy, at, weight, about, rstd, offset):
+        """(dy*xhat, dy, dy*weight, dy*weight*(x - about)) of a line of places, or of a part."""
+        d, u = read(x, at) - about, read(dy, at)
+        return u * (d * rstd + offset), u, u * weight, u * weight * d
+
+    return place_terms
+
+
+place_terms, place_terms_of_part = _place_terms(load), _place_terms(load_part)
 
 
 @inlined
@@ -315,6 +312,20 @@ def add_four_place_products(x, dy, stride, weight, about, rstd, offset, s, q, ov
         g3, h3, sums, products = g3 + g, h3 + h, sums + a, products + b
         store(s, j, sums)
         store(q, j, products)
+    if stop < about.size:
+        n = about.size - stop
+        c, k, o = load(about, stop), load(rstd, stop), load(offset, stop)
+        sums, products = load(s, stop), load(q, stop)
+        g, h, a, b = place_terms_of_part(x, dy, (stop, n), w0, c, k, o)
+        g0, h0, sums, products = g0 + g, h0 + h, sums + a, products + b
+        g, h, a, b = place_terms_of_part(x, dy, (stride + stop, n), w1, c, k, o)
+        g1, h1, sums, products = g1 + g, h1 + h, sums + a, products + b
+        g, h, a, b = place_terms_of_part(x, dy, (2 * stride + stop, n), w2, c, k, o)
+        g2, h2, sums, products = g2 + g, h2 + h, sums + a, products + b
+        g, h, a, b = place_terms_of_part(x, dy, (3 * stride + stop, n), w3, c, k, o)
+        g3, h3, sums, products = g3 + g, h3 + h, sums + a, products + b
+        store(s, stop, sums)
+        store(q, stop, products)
     over_w[0] += fold(g0)
     over_w[1] += fold(g1)
     over_w[2] += fold(g2)
@@ -323,31 +334,13 @@ def add_four_place_products(x, dy, stride, weight, about, rstd, offset, s, q, ov
     over_b[1] += fold(h1)
     over_b[2] += fold(h2)
     over_b[3] += fold(h3)
-    for r in range(4):
-        add_last_places(x[r * stride :], dy[r * stride :], weight[r:], about, rstd, offset, s, q,
-                        over_w[r:], over_b[r:], stop)
-
-
-@inlined
-def add_last_places(x, dy, weight, about, rstd, offset, s, q, over_w, over_b, start):
-    total_w = 0.0
-    total_b = 0.0
-    for j in range(start, about.size):
-        d = at(x, j) - about[j]
-        u = at(dy, j)
-        total_w += float64(u * (d * rstd[j] + offset[j]))
-        total_b += float64(u)
-        u = u * weight[0]
-        s[j] += u
-        q[j] += u * d
-    over_w[0] += total_w
-    over_b[0] += total_b
 
 
 @inlined
 def add_place_products(x, dy, weight, about, rstd, offset, s, q, over_w, over_b):
     """Onto over_w[0] and over_b[0] the sums over a row of dy*xhat and of dy; onto s and q the terms
-    of run_products of each place, with the row's weight."""
+    of run_products of each place, with the row's weight. Arrays of places have room for whole
+    lines: a load waits for a store of a part."""
     width = lanes(x)
     stop = about.size - about.size % width
     w = splat(weight[0])
@@ -357,9 +350,16 @@ def add_place_products(x, dy, weight, about, rstd, offset, s, q, over_w, over_b)
         g0, h0 = g0 + g, h0 + h
         store(s, j, load(s, j) + a)
         store(q, j, load(q, j) + b)
+    if stop < about.size:
+        g, h, a, b = place_terms_of_part(
+            x, dy, (stop, about.size - stop), w, load(about, stop), load(rstd, stop),
+            load(offset, stop),
+        )
+        g0, h0 = g0 + g, h0 + h
+        store(s, stop, load(s, stop) + a)
+        store(q, stop, load(q, stop) + b)
     over_w[0] += fold(g0)
     over_b[0] += fold(h0)
-    add_last_places(x, dy, weight, about, rstd, offset, s, q, over_w, over_b, stop)
 
 
 @inlined
