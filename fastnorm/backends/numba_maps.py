@@ -1,22 +1,17 @@
 """The maps of the Numba kernels: y = f(x) over a run, and over rows with coefficients for each
-place or each row; where `streaming`, past the caches.
-
-Plain loops where y is not streamed, of which LLVM makes vectors: spelled out they took as long.
-They start at 0: from anywhere else Numba's indices could be negative, and the loops would not
-become vectors.
-"""
+place or each row; where `streaming`, past the caches."""
 
 from fastnorm.backends.numba_gate import gate_line, gate_part, through
 from fastnorm.backends.numba_jit import inlined
 from fastnorm.backends.numba_simd import (
     LINE,
+    TOGETHER,
     address,
-    at,
     bytes_of,
     lanes,
     load,
     load_part,
-    put,
+    load_together,
     splat,
     store,
     store_part,
@@ -26,15 +21,17 @@ from fastnorm.backends.numba_words import IN_ORDER
 
 
 @inlined
-def streamed(y):
-    """(first, stop) of what of a run is stored past the caches: whole lines. Lines that are half
+def whole_lines(y, streaming):
+    """(whether past the caches, first, stop) of the whole lines of a run. Lines that are half
     streamed cost more than they save, so that a short run must be whole lines."""
     width = lanes(y)
     past = address(y) % LINE
     first = (LINE - past) % LINE // bytes_of(y)
-    if past % bytes_of(y) or (y.size < 32 * width and (first or y.size % width)):
-        return y.size, y.size
-    return first, first + (y.size - first) // width * width
+    stop = first + (y.size - first) // width * width
+    short = y.size < 32 * width and (first or y.size % width)
+    if not streaming or past % bytes_of(y) or short or first >= stop:
+        return False, 0, y.size - y.size % width
+    return True, first, stop
 
 
 @inlined
@@ -73,67 +70,77 @@ def affine_products(x, dy, gate, hi, scale, shift, dscale):
     return d * scale + shift + through(dy, d, gate) * dscale
 
 
-@inlined
-def add_runs(a, b, x):
-    for j in range(x.size):
-        put(x, j, at(a, j) + at(b, j))
+# ---- runs ----------------------------------------------------------------------------------------
+#
+# `arrays` are what is read of a run, `terms` coefficients.
 
 
-@inlined
-def fill_run(x, y, hi, scale, shift):
-    for j in range(x.size):
-        put(y, j, affine(at(x, j), hi, scale, shift))
+def _sum(read):
+    return inlined(lambda arrays, terms, j: read(arrays[0], j) + read(arrays[1], j))
 
 
-@inlined
-def map_run(x, y, hi, scale, shift, streaming):
-    if not streaming:
-        fill_run(x, y, hi, scale, shift)
-        return
-    first, stop = streamed(y)
-    fill_run(x[:first], y[:first], hi, scale, shift)
-    h, a, b = splat(hi), splat(scale), splat(shift)
-    for j in range(first, stop, lanes(y)):
-        stream(y, j, affine(load(x, j), h, a, b))
-    fill_run(x[stop:], y[stop:], hi, scale, shift)
+def _affine(read):
+    @inlined
+    def of_x(arrays, terms, j):
+        return affine(read(arrays[0], j), terms[0], terms[1], terms[2])
+
+    return of_x
 
 
-@inlined
-def fill_run_weighted(x, y, weight, bias, hi, scale, shift):
-    for j in range(x.size):
-        put(y, j, affine_weighted(at(x, j), hi, scale, shift, weight[j], bias[j]))
+def _affine_weighted(read):
+    @inlined
+    def of_x(arrays, terms, j):
+        return affine_weighted(read(arrays[0], j), terms[0], terms[1], terms[2],
+                               read(arrays[1], j), read(arrays[2], j))
+
+    return of_x
 
 
-@inlined
-def map_run_weighted(x, y, weight, bias, hi, scale, shift, streaming):
-    if not streaming:
-        fill_run_weighted(x, y, weight, bias, hi, scale, shift)
-        return
-    first, stop = streamed(y)
-    fill_run_weighted(x[:first], y[:first], weight[:first], bias[:first], hi, scale, shift)
-    h, a, b = splat(hi), splat(scale), splat(shift)
-    for j in range(first, stop, lanes(y)):
-        stream(y, j, affine_weighted(load(x, j), h, a, b, load(weight, j), load(bias, j)))
-    fill_run_weighted(x[stop:], y[stop:], weight[stop:], bias[stop:], hi, scale, shift)
+def _affine_products(read):
+    @inlined
+    def of_dy(arrays, terms, j):
+        return affine_products(read(arrays[0], j), read(arrays[1], j), terms[0], terms[1],
+                               terms[2], terms[3], terms[4])
+
+    return of_dy
 
 
-@inlined
-def fill_products(x, dy, dx, gate, hi, scale, shift, dscale):
-    for j in range(x.size):
-        put(dx, j, affine_products(at(x, j), at(dy, j), gate, hi, scale, shift, dscale))
+def _map(term):
+    """A function that maps a run onto y, which may be what it reads: LLVM would make vectors of a
+    plain loop only for arrays apart (in place it took 1.1 to 2 times as long as beside)."""
+    of_lines, of_line, of_part = term(load_together), term(load), term(load_part)
+
+    @inlined
+    def map_onto(y, arrays, terms, streaming):
+        past, first, stop = whole_lines(y, streaming)
+        width = lanes(y)
+        many = stop - (stop - first) % (TOGETHER * width)
+        for j in range(0, first, width):  # a line of 16-bit elements is two vectors
+            place = j, min(width, first - j)
+            store_part(y, place, of_part(arrays, terms, place))
+        if past:
+            for j in range(first, many, TOGETHER * width):
+                stream(y, j, of_lines(arrays, terms, j))
+            for j in range(many, stop, width):
+                stream(y, j, of_line(arrays, terms, j))
+        else:
+            for j in range(first, many, TOGETHER * width):
+                store(y, j, of_lines(arrays, terms, j))
+            for j in range(many, stop, width):
+                store(y, j, of_line(arrays, terms, j))
+        if stop < y.size:
+            last = stop, y.size - stop
+            store_part(y, last, of_part(arrays, terms, last))
+
+    return map_onto
 
 
-@inlined
-def map_products(x, dy, dx, gate, hi, scale, shift, dscale, streaming):
-    if not streaming:
-        fill_products(x, dy, dx, gate, hi, scale, shift, dscale)
-        return
-    first, stop = streamed(dx)
-    fill_products(x[:first], dy[:first], dx[:first], gate, hi, scale, shift, dscale)
-    h, a, b, c = splat(hi), splat(scale), splat(shift), splat(dscale)
-    for j in range(first, stop, lanes(dx)):
-        stream(dx, j, affine_products(load(x, j), load(dy, j), gate, h, a, b, c))
-    fill_products(x[stop:], dy[stop:], dx[stop:], gate, hi, scale, shift, dscale)
+# (y, arrays, terms, streaming): y = a + b of (a, b); affine of (x,) with (hi, scale, shift);
+# affine_weighted of (x, weight, bias) with them; affine_products of (x, dy) with (gate, hi, scale,
+# shift, dscale).
+add_runs, map_run, map_run_weighted, map_products = map(
+    _map, (_sum, _affine, _affine_weighted, _affine_products)
+)
 
 
 # ---- maps of rows, a coefficient for each place --------------------------------------------------
@@ -143,16 +150,13 @@ def map_products(x, dy, dx, gate, hi, scale, shift, dscale, streaming):
 
 @inlined
 def streamed_rows(y, width, stride, streaming):
-    """(whether, first, stop): which places of all rows are whole lines, as in streamed."""
-    first, stop = streamed(y[:width])
-    if not streaming or first == stop or stride * bytes_of(y) % LINE:
-        return False, 0, width - width % lanes(y)
-    return True, first, stop
+    """whole_lines of all rows."""
+    return whole_lines(y[:width], (streaming != 0) & (stride * bytes_of(y) % LINE == 0))
 
 
 def _map_rows(put_line):
     @inlined
-    def whole_lines(x, y, rows, stride, hi, scale, shift, first, stop):
+    def lines_of(x, y, rows, stride, hi, scale, shift, first, stop):
         w = lanes(y)
         quads = stop - (stop - first) % (4 * w)
         for j in range(first, quads, 4 * w):
@@ -171,7 +175,7 @@ def _map_rows(put_line):
             for r in range(rows):
                 put_line(y, r * stride + j, affine(load(x, r * stride + j), h0, a0, b0))
 
-    return whole_lines
+    return lines_of
 
 
 stored_rows, rows_past = _map_rows(store), _map_rows(stream)
@@ -213,7 +217,7 @@ def terms(gate, hi, scale, shift, dscale, j):
 
 def _map_product_rows(put_line):
     @inlined
-    def whole_lines(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, first, stop):
+    def lines_of(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, first, stop):
         w = lanes(dx)
         quads = stop - (stop - first) % (4 * w)
         for j in range(first, quads, 4 * w):
@@ -236,7 +240,7 @@ def _map_product_rows(put_line):
                 at = r * stride + j
                 put_line(dx, at, affine_products(load(x, at), load(dy, at), g0, h0, a0, b0, c0))
 
-    return whole_lines
+    return lines_of
 
 
 stored_product_rows, product_rows_past = _map_product_rows(store), _map_product_rows(stream)
@@ -281,7 +285,7 @@ def map_product_rows(x, dy, dx, gate, rows, stride, hi, scale, shift, dscale, st
 
 def _map_scaled_rows(put_line):
     @inlined
-    def whole_lines(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
+    def lines_of(x, y, rows, stride, hi, scale, shift, weight, bias, first, stop):
         for j in range(first, stop, lanes(y)):
             h, a, b = load(hi, j), load(scale, j), load(shift, j)
             for r in range(rows):
@@ -289,7 +293,7 @@ def _map_scaled_rows(put_line):
                     load(x, r * stride + j), h, a, b, splat(weight[r]), splat(bias[r])
                 ))
 
-    return whole_lines
+    return lines_of
 
 
 stored_scaled_rows, scaled_rows_past = _map_scaled_rows(store), _map_scaled_rows(stream)
@@ -322,7 +326,7 @@ def map_scaled_rows(x, y, stride, hi, scale, shift, weight, bias, streaming):
 
 def _map_weighted_rows(put_line):
     @inlined
-    def whole_lines(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
+    def lines_of(x, dy, dx, weight, rows, stride, terms, dweight, dbias, first, stop):
         hi, scale, shift, rstd, offset = terms
         for j in range(first, stop, lanes(x)):
             w = load(weight, j)
@@ -340,7 +344,7 @@ def _map_weighted_rows(put_line):
             store(dweight, j, s)
             store(dbias, j, q)
 
-    return whole_lines
+    return lines_of
 
 
 stored_weighted_rows, weighted_rows_past = _map_weighted_rows(store), _map_weighted_rows(stream)

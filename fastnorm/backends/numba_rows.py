@@ -84,10 +84,8 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
             )
             for r in range(o):
                 at = start + r * g * n + c * i
-                map_run(
-                    x[at : at + i], y[at : at + i], hi, rounded(x, scale), rounded(x, shift),
-                    streaming,
-                )
+                map_run(y[at : at + i], (x[at : at + i],),
+                        (hi, rounded(x, scale), rounded(x, shift)), streaming)
 
 
 @inlined
@@ -107,8 +105,8 @@ def forward_row(x, y, weight, bias, mean, var, rstd, set_, sizes, eps, has_mean,
         scale, shift = forward_terms(found[0], float64(hi), inverse, 1.0, 0.0)
         w = set_ % g * k
         map_run_weighted(
-            x[at : at + k], y[at : at + k], weight[w : w + k], bias[w : w + k], hi,
-            rounded(x, scale), rounded(x, shift), streaming,
+            y[at : at + k], (x[at : at + k], weight[w : w + k], bias[w : w + k]),
+            (hi, rounded(x, scale), rounded(x, shift)), streaming,
         )
 
 
@@ -126,7 +124,7 @@ def forward_sums(first, second, x, y, weight, bias, mean, var, rstd, sizes, eps,
     b, _, g, k, _ = sizes
     for set_ in prange(b * g):
         own = slice(set_ * k, (set_ + 1) * k)
-        add_runs(first[own], second[own], x[own])
+        add_runs(x[own], (first[own], second[own]), (), False)
         forward_row(x, y, weight, bias, mean, var, rstd, set_, sizes, eps, has_mean, streaming)
 
 
@@ -231,10 +229,8 @@ def map_runs(x, y, hi, scale, shift, unit, sizes, streaming):
     for channel in range(chunk * together, min(channels, (chunk + 1) * together)):
         at = (sample_ * channels + channel) * i
         first, stop = at + piece * i // pieces, at + (piece + 1) * i // pieces
-        map_run(
-            x[first:stop], y[first:stop], hi[own + channel], scale[own + channel],
-            shift[own + channel], streaming,
-        )
+        map_run(y[first:stop], (x[first:stop],),
+                (hi[own + channel], scale[own + channel], shift[own + channel]), streaming)
 
 
 @inlined
@@ -333,12 +329,11 @@ def backward_sets(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, si
         for r in range(o):
             for c in range(k):
                 at, channel = start + r * g * n + c * i, set_ % g * k + c
-                map_products(
-                    x[at : at + i], dy[at : at + i], dx[at : at + i],
-                    gate_of(bias, x, weight, mean[set_], hi, rstd[set_], channel), hi,
-                    rounded(x, scale), rounded(x, shift),
-                    rounded(x, rstd[set_] * float64(weight[channel])), streaming,
-                )
+                gate = gate_of(bias, x, weight, mean[set_], hi, rstd[set_], channel)
+                terms_of_run = (gate, hi, rounded(x, scale), rounded(x, shift),
+                                rounded(x, rstd[set_] * float64(weight[channel])))
+                map_products(dx[at : at + i], (x[at : at + i], dy[at : at + i]), terms_of_run,
+                             streaming)
     merge_terms(terms, dweight, dbias, b)
 
 
@@ -390,12 +385,11 @@ def map_product_piece(dy, x, dx, weight, bias, hi, scale, shift, mean, rstd, uni
     run, piece = unit // pieces, unit % pieces
     set_ = set_of_run(run // k, o, g)
     first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
-    map_products(
-        x[first:stop], dy[first:stop], dx[first:stop],
-        gate_of(bias, x, weight, mean[set_], hi[set_], rstd[set_], run % (g * k)), hi[set_],
-        scale[set_], shift[set_], rounded(x, rstd[set_] * float64(weight[run % (g * k)])),
-        streaming,
-    )
+    channel = run % (g * k)
+    gate = gate_of(bias, x, weight, mean[set_], hi[set_], rstd[set_], channel)
+    terms = (gate, hi[set_], scale[set_], shift[set_],
+             rounded(x, rstd[set_] * float64(weight[channel])))
+    map_products(dx[first:stop], (x[first:stop], dy[first:stop]), terms, streaming)
 
 
 @kernel(GATED, allocates=True)
