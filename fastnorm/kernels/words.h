@@ -327,21 +327,29 @@ static inline void blank(stored *y, const uint8_t *mask, int64_t n)
     }
 }
 
+/* A register as it is, past the caches; y is aligned to it. */
+static inline void stream_bits(void *y, vec v)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_si512(y, (__m512i)v);
+#elif defined(__AVX__)
+    _mm256_stream_si256(y, (__m256i)v);
+#elif defined(__SSE2__)
+    _mm_stream_si128(y, (__m128i)v);
+#else
+    memcpy(y, &v, sizeof v);
+#endif
+}
+
 /* store past the caches; y is aligned to 64 bytes. */
 static inline void stream(stored *y, vec v)
 {
-#if defined(FN_SHORT) && defined(__AVX512F__)
-    _mm256_stream_si256((void *)y, (__m256i)narrow_all(v));
-#elif defined(FN_SHORT) && defined(__AVX__)
-    _mm_stream_si128((void *)y, (__m128i)narrow_all(v));
-#elif defined(FN_SHORT)
-    store(y, v);
+#if !defined(FN_SHORT)
+    stream_bits(y, v);
 #elif defined(__AVX512F__)
-    _mm512_stream_si512((void *)y, (__m512i)v);
+    _mm256_stream_si256((void *)y, (__m256i)narrow_all(v));
 #elif defined(__AVX__)
-    _mm256_stream_si256((void *)y, (__m256i)v);
-#elif defined(__SSE2__)
-    _mm_stream_si128((void *)y, (__m128i)v);
+    _mm_stream_si128((void *)y, (__m128i)narrow_all(v));
 #else
     store(y, v);
 #endif
@@ -372,11 +380,7 @@ static inline void stream_two(stored *y, vec a, vec b)
 {
 #if defined(FN_TYPE_bfloat16) && defined(__AVX__)
     if (__builtin_expect(!any_nan(a, b), 1)) {
-#if defined(__AVX512F__)
-        _mm512_stream_si512((void *)y, (__m512i)narrow_numbers(a, b));
-#else
-        _mm256_stream_si256((void *)y, (__m256i)narrow_numbers(a, b));
-#endif
+        stream_bits(y, (vec)narrow_numbers(a, b));
         return;
     }
 #endif
@@ -390,15 +394,7 @@ static inline void stream_line(stored *y, const stored *x)
     vec v;
     for (int at = 0; at < 64; at += FN_VECTOR) {
         memcpy(&v, (const char *)x + at, sizeof v);
-#if defined(__AVX512F__)
-        _mm512_stream_si512((void *)y, (__m512i)v);
-#elif defined(__AVX__)
-        _mm256_stream_si256((void *)((char *)y + at), (__m256i)v);
-#elif defined(__SSE2__)
-        _mm_stream_si128((void *)((char *)y + at), (__m128i)v);
-#else
-        memcpy((char *)y + at, &v, sizeof v);
-#endif
+        stream_bits((char *)y + at, v);
     }
 }
 
