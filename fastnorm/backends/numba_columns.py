@@ -101,13 +101,13 @@ def _sum_tile(add):
             own = slice(c, min(width, c + STRIP))
             for row in range(first, stop, RUN):
                 at, count = row * width + c, min(RUN, stop - row)
-                gate = gate_if(bias, gates[:width][own], gates[width:][own])
+                gate = gate_if(bias, (), gates[:width][own], gates[width:][own])
                 add(x[at:], dy[at:], gate, count, width, about[own], s[own], q[own], step)
                 flush(s[own], partial[:width][own])
                 flush(q[own], partial[width:][own])
         if stop == rows and rest > 0:
             at = rows * width
-            gate = gate_if(bias, gates[:rest], gates[width:])
+            gate = gate_if(bias, (), gates[:rest], gates[width:])
             add(x[at:], dy[at:], gate, 1, 0, about[:rest], s, q, 1)
             flush(s[:rest], partial[:rest])
             flush(q[:rest], partial[width : width + rest])
@@ -477,7 +477,7 @@ def map_product_tile(dy, x, dx, bias, gates, coefficients, cut, step, tile, stre
     row, stop = tile * tile_rows, min(rows, (tile + 1) * tile_rows)
     for c in range(0, width, STRIP):
         start, own = row * width + c, slice(c, min(width, c + STRIP))
-        gate = gate_if(bias, gates[:width][own], gates[width:][own])
+        gate = gate_if(bias, (), gates[:width][own], gates[width:][own])
         map_product_rows(
             x[start:], dy[start:], dx[start:], gate, stop - row, width, hi[own],
             scale[own], shift[own], dscale[own], step, streaming,
@@ -485,8 +485,8 @@ def map_product_tile(dy, x, dx, bias, gates, coefficients, cut, step, tile, stre
     if stop == rows and rest > 0:
         map_product_rows(
             x[rows * width :], dy[rows * width :], dx[rows * width :],
-            gate_if(bias, gates[:rest], gates[width:]), 1, 0, hi[:rest], scale[:rest], shift[:rest],
-            dscale[:rest], 1, False,
+            gate_if(bias, (), gates[:rest], gates[width:]), 1, 0, hi[:rest], scale[:rest],
+            shift[:rest], dscale[:rest], 1, False,
         )
 
 

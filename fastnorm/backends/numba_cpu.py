@@ -6,23 +6,21 @@ they are compiled and launched.
 """
 
 import os
-import platform
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numba
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
 
 from fastnorm.backends import BIASED_RUNNING_VAR, GIVEN_STATISTICS, NO_MEAN, NOTHING, RELU
 from fastnorm.backends import numba_across as across
 from fastnorm.backends import numba_columns as columns
-from fastnorm.backends import numba_fused as after
+from fastnorm.backends import numba_fused as apart
 from fastnorm.backends import numba_masks as masks
 from fastnorm.backends import numba_rows as rows
 from fastnorm.backends import numba_slabs as slabs
 from fastnorm.backends.numba_jit import KERNELS, Kernel, launch, threads_of
+from fastnorm.backends.numba_simd import ON_X86, compiled_for
 from fastnorm.backends.numba_words import IN_ORDER, STEP
 from fastnorm.config import available_threads
 from fastnorm.dtypes import TABLE
@@ -35,10 +33,7 @@ FEW = 16  # sets, below which large ones are cut into pieces
 def supports(dtype):
     if dtype not in TABLE:
         return f"no kernels for {dtype}"
-    features = numba.config.CPU_FEATURES
-    features = get_host_cpu_features().flatten() if features is None else features
-    on_x86 = platform.machine() in ("x86_64", "AMD64")
-    if dtype == np.float16 and on_x86 and "+f16c" not in features:
+    if dtype == np.float16 and ON_X86 and not compiled_for("f16c"):
         return "float16 needs a processor with F16C"
     return None
 
@@ -252,20 +247,22 @@ def forward(
 
 def _normalize(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
-    num_threads, terms=(),
+    num_threads, terms=(), beside=(),
 ):
-    """A forward with nothing beside; of rows also one of x = the sum of two terms. Where y is empty
-    only the statistics are found."""
+    """A forward with nothing beside it, or what its kernel may have; of rows also one of x = the
+    sum of two terms. Where y is empty only the statistics are found."""
     plan = forward_plan(geometry, x.dtype, flags, num_threads)
     mean, var, rstd = _with_room(mean, var, rstd, plan.sets)
     if plan.given:
         mean[:], var[:] = running_mean, running_var
-    shared = plan.large and any(np.may_share_memory(y, array) for array in (x, *terms))
+    kernel = rows.forward_sums if terms else plan.kernel
+    large = plan.large or (bool(beside) and _large(plan.moved // 2 * 3))
+    shared = large and any(np.may_share_memory(y, array) for array in (x, *terms, *beside[:1]))
     launch(
-        rows.forward_sums if terms else plan.kernel, plan.threads, *map(_flat, (*terms, x, y)),
+        kernel, plan.threads, *map(_flat, (*terms, x, y)),
         _parameter(weight, plan.work, plan.channels, 1),
         _parameter(bias, plan.work, plan.channels, 0), mean, var, rstd, plan.sizes, eps,
-        plan.has_mean, int(plan.large and not shared),
+        plan.has_mean, int(large and not shared), *((beside,) if kernel.may_be_fused else ()),
     )
     if plan.given or (running_mean is None and running_var is None):
         return
@@ -296,21 +293,27 @@ def backward(
 
 
 def _differentiate(
-    geometry, dy, x, weight, gate_bias, mean, rstd, dx, dweight, dbias, flags, num_threads,
-    gated=False,
+    geometry, dy, x, weight, found_bias, mean, rstd, dx, dweight, dbias, flags, num_threads,
+    gated=False, before=None, beside=(),
 ):
-    """A backward with nothing beside, or through ReLU alone: `gated`."""
+    """A backward with nothing beside, through ReLU alone, `gated`, or with what its kernel may
+    have beside it; the gradient in front of the activation goes to `before` then."""
     plan = backward_plan(geometry, x.dtype, flags, num_threads)
-    bias = (_parameter(gate_bias, plan.work, plan.channels, 0),) if gated else ()
+    bias = ()
+    if gated or (beside and plan.kernel.may_be_gated):
+        bias = (_parameter(found_bias, plan.work, plan.channels, 0),)
     into_w = _of_type(dweight, plan.channels, plan.work)
     into_b = _of_type(dbias, plan.channels, plan.work)
-    shared = plan.large and (np.may_share_memory(dx, x) or np.may_share_memory(dx, dy))
+    before = dy if before is None else before
+    read = (x, dy, before, *beside[:1])
+    shared = plan.large and any(np.may_share_memory(dx, array) for array in read)
+    more = (_flat(before), beside) if plan.kernel.may_be_fused else ()
     launch(
         plan.kernel, plan.threads, _flat(dy), _flat(x),
         _parameter(weight, plan.work, plan.channels, 1), bias, _flat(dx),
         _flat(mean) if plan.has_mean else np.zeros(plan.sets), _flat(rstd),
         np.empty(2 * plan.parts * plan.channels), into_w, into_b, plan.sizes, plan.has_mean,
-        plan.given, int(plan.large and not shared),
+        plan.given, int(plan.large and not shared), *more,
     )
     for gradient, found in ((dweight, into_w), (dbias, into_b)):
         if gradient is not None and gradient.dtype != plan.work:
@@ -348,6 +351,12 @@ def _turn_back(geometry, turned, into):
     into.reshape(geometry.b, geometry.k, geometry.s)[...] = turned.reshape(shape).swapaxes(1, 2)
 
 
+def _beside(x, residual, fused):
+    """See numba_activations."""
+    return (_flat(x if residual is None else residual), fused.activation, fused.slope,
+            int(residual is not None))
+
+
 def _forward_beside(
     geometry, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var, momentum, flags,
     num_threads, fused,
@@ -367,6 +376,10 @@ def _forward_beside(
     if fused.sum is not None:
         terms, x, residual = (x, residual), fused.sum, None
     mapped = bool(fused.activation or residual is not None)
+    if mapped and forward_plan(geometry, x.dtype, flags, num_threads).kernel.may_be_fused:
+        beside = _beside(x, residual, fused)
+        _normalize(geometry, x, y, weight, bias, eps, mean, var, rstd, *last, beside=beside)
+        return
     mean, var, rstd = _with_room(mean, var, rstd, geometry.b * geometry.g * geometry.s)
     _normalize(geometry, x, x.reshape(-1)[:0] if mapped else y, weight, bias, eps, mean, var, rstd,
                *last, terms)
@@ -382,12 +395,13 @@ def _map_fused(geometry, dy, x, residual, weight, bias, into, mean, rstd, fused,
     moved = len(arrays) * x.nbytes
     streaming = dy is None and _large(moved) and not any(
         np.may_share_memory(into, array) for array in arrays[:-1])
+    threads = threads_of(num_threads, moved)
     launch(
-        after.kernel_of(geometry), threads_of(num_threads, moved), _flat(x if dy is None else dy),
+        apart.kernel_of(geometry), threads, _flat(x if dy is None else dy),
         _flat(x), _flat(x if residual is None else residual), _parameter(weight, work, channels, 1),
         _parameter(bias, work, channels, 0), _flat(into), _flat(mean), _flat(rstd),
         geometry[:5], fused.activation, fused.slope, int(residual is not None),
-        int(dy is not None), int(streaming),
+        int(dy is not None), int(streaming), threads,
     )
 
 
@@ -411,13 +425,16 @@ def _backward_beside(
     dsum = _apart(fused.dsum, dx)
     kernel = backward_plan(geometry, x.dtype, flags, num_threads).kernel
     gated = fused.activation == RELU and fused.residual is None and kernel.may_be_gated
-    if fused.activation and not gated:
-        dz = dx if fused.dresidual is None else fused.dresidual
+    beside = ()
+    dz = dx if fused.dresidual is None else fused.dresidual
+    if fused.activation and kernel.may_be_fused and not gated:
+        beside = _beside(x, fused.residual, fused)
+    elif fused.activation and not gated:
         found = np.zeros(rstd.size) if flags & NO_MEAN else mean
         _map_fused(geometry, dy, x, fused.residual, weight, fused.bias, dz, found, rstd, fused,
                    num_threads)
         dy = dz
     _differentiate(geometry, dy, x, weight, fused.bias, mean, rstd, dx, dweight, dbias, flags,
-                   num_threads, gated)
+                   num_threads, gated, dz if beside else None, beside)
     if dsum is not None:
         dx += dsum.reshape(dx.shape)

@@ -1,38 +1,16 @@
-"""Residual and activation in Numba: maps of their own instead of a forward's, and before a backward
-a pass that takes the gradient back through the activation. Both find z, the activation's input,
-from x. Behind ReLU alone backwards have a gate instead (numba_gate): 0.4 to 0.8 of the time.
-
-An activation is a function of a vector, and has a loop of its own; exp and erfc are polynomials in
-the working type. (As calls for each value they took 40 to 100 times as long as memory does.)
+"""Residual and activation in Numba as a map of its own: of a forward whose kernel only finds
+statistics, and before a backward, as a pass that takes the gradient back through the activation.
+Behind ReLU alone backwards have a gate instead (numba_gate): 0.4 to 0.8 of the time.
 """
-
-from math import erfc
 
 import numpy as np
 from numba import float64, prange
-from numba.extending import overload
 
-from fastnorm.backends import GELU, GELU_TANH, LEAKY_RELU, RELU, SILU
-from fastnorm.backends.numba_jit import INLINING, called, inlined, kernel
-from fastnorm.backends.numba_maps import affine, whole_lines
+from fastnorm.backends.numba_activations import map_fused_run
+from fastnorm.backends.numba_columns import in_turn
+from fastnorm.backends.numba_jit import inlined, kernel
 from fastnorm.backends.numba_rows import pieces_of, terms_of_runs
-from fastnorm.backends.numba_simd import (
-    TOGETHER,
-    bytes_of,
-    choose,
-    lanes,
-    lanewise,
-    load,
-    load_part,
-    load_together,
-    multiply_add,
-    polynomial,
-    power_of_two,
-    rounded,
-    store,
-    store_part,
-    stream,
-)
+from fastnorm.backends.numba_simd import bytes_of, rounded
 from fastnorm.backends.numba_slabs import SHORT_RUN, slab_of, spread
 from fastnorm.backends.numba_words import forward_terms
 
@@ -42,232 +20,9 @@ PARTS = 64  # of the work
 # 0.9, of 14x14 0.55 of the time (where a channel has several runs 0.85 to 1.9).
 ONCE = 40
 
-# exp(r), |r| <= ln(2)/2, the highest power first: of least relative error, 3e-9; and Taylor's.
-EXP32 = (0.0013814541, 0.0083687454, 0.041668389, 0.16666521, 0.49999994, 1.0, 1.0)
-EXP64 = (1 / 6227020800, 1 / 479001600, 1 / 39916800, 1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040,
-         1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
-# log(erfc(x)/t) + x*x, t = 2/(2 + x), by powers of 2t - 1: a Chebyshev series.
-ERFC = (0.00033373589390861394, -0.00020790912059481927, -0.0020487347604965729,
-        0.0017765646350106872, 0.0087038120352188045, -0.0098737687473313921,
-        -0.046874888178861336, 0.047343106290901012, 0.67264221715548793, -0.67179407605433415)
-
-
-# ---- runs ----------------------------------------------------------------------------------------
-#
-# `arrays` are (x, residual, dy, y) of a run, y also the gradient in front of the activation;
-# `terms` (hi, scale, shift) of z, each of the places or a number for all, and where places have
-# them (weight, bias); `how` (has_residual, backward, streaming).
-
-def _input(read):
-    """z of a vector."""
-
-    def weighted(z, terms, place):
-        pass
-
-    @overload(weighted, jit_options=INLINING)
-    def weigh(z, terms, place):
-        if len(terms) == 3:
-            return lambda z, terms, place: z
-        return lambda z, terms, place: z * read(terms[3], place) + read(terms[4], place)
-
-    @inlined
-    def find(arrays, terms, has_residual, place):
-        z = affine(read(arrays[0], place), read(terms[0], place), read(terms[1], place),
-                   read(terms[2], place))
-        z = weighted(z, terms, place)
-        return z + read(arrays[1], place) if has_residual else z
-
-    return find
-
-
-input_of_line, input_of_part = _input(load), _input(load_part)
-input_of_lines = _input(load_together)
-
-
-def _over_lines(activated):
-    """A function of whole vectors of a run."""
-
-    @inlined
-    def lines(arrays, terms, slope, how, first, stop):
-        has_residual, backward, past = how
-        width = lanes(arrays[3])
-        many = stop - (stop - first) % (TOGETHER * width)
-        for j in range(first, many, TOGETHER * width):
-            z = input_of_lines(arrays, terms, has_residual, j)
-            found = activated(z, load_together(arrays[2], j), slope, backward)
-            if past:
-                stream(arrays[3], j, found)
-            else:
-                store(arrays[3], j, found)
-        for j in range(many, stop, width):
-            z = input_of_line(arrays, terms, has_residual, j)
-            found = activated(z, load(arrays[2], j), slope, backward)
-            if past:
-                stream(arrays[3], j, found)
-            else:
-                store(arrays[3], j, found)
-
-    return lines
-
-
-def _activations(number, powers, far, mantissa, bias, ln2_high, ln2_low):
-    """map_fused_run in the working type `number`."""
-    zero, half, one, two, far = (number(value) for value in (0, 0.5, 1, 2, far))
-    log2e, ln2_high, ln2_low = (number(value) for value in (1.4426950408889634, ln2_high, ln2_low))
-    magic = number(1.5 * 2.0**mantissa + bias)  # adding it rounds to a whole number
-    scale, cube, cube3 = (number(value) for value in (1.5957691216057308, 0.044715, 3 * 0.044715))
-    root_half, density = number(0.7071067811865476), number(0.3989422804014327)
-    power_series = polynomial(powers)
-    erfc_series = polynomial(ERFC)
-
-    @inlined
-    def at_least(v):
-        return choose(v < -far, -far, v)
-
-    @inlined
-    def within(v):
-        """From where on exp would leave the normal numbers; NaN is kept."""
-        v = at_least(v)
-        return choose(v > far, far, v)
-
-    @inlined
-    def exponential(v, sign):
-        """exp(sign*v), |v| <= far."""
-        n = multiply_add(v, sign * log2e, magic)
-        whole = n - magic
-        r = multiply_add(whole, -ln2_low, multiply_add(whole, -ln2_high, v * sign))
-        return power_series(r) * power_of_two(n)
-
-    @inlined
-    def sigmoid(v):
-        """And 1 minus it."""
-        away = exponential(v, -one)
-        s = one / (one + away)
-        return s, away * s
-
-    @inlined
-    def series_normal_cdf(v):
-        x = choose(v < zero, zero - v, v) * root_half
-        t = two / (two + x)
-        tail = half * t * exponential(within(erfc_series(two * t - one) - x * x), one)
-        return choose(v > zero, one - tail, tail)
-
-    exact_normal_cdf = lanewise(lambda v: 0.5 * erfc(-0.7071067811865476 * v))
-    normal_cdf = series_normal_cdf if number is np.float32 else exact_normal_cdf
-
-    # (gate, its derivative) of an activation z*gate(z); (1 + tanh(a))/2 is sigmoid(2a).
-
-    @inlined
-    def silu_gate(z):
-        s, rest = sigmoid(z)
-        return s, s * rest
-
-    @inlined
-    def gelu_gate(z):
-        return normal_cdf(z), density * exponential(within(-half * z * z), one)
-
-    @inlined
-    def gelu_tanh_gate(z):
-        s, rest = sigmoid(within(scale * z * (one + cube * z * z)))
-        return s, s * rest * scale * (one + cube3 * z * z)
-
-    def gated(gate):
-        @inlined
-        def activated(z, dy, slope, backward):
-            v = within(z)
-            found, change = gate(v)
-            return dy * (found + v * change) if backward else at_least(z) * found
-
-        return activated
-
-    def kinked(below):
-        """Of slope 1, and of another below 0."""
-
-        @inlined
-        def activated(z, dy, slope, backward):
-            value = dy if backward else z
-            return choose(z <= zero, below(value, slope), value)
-
-        return activated
-
-    identity = inlined(lambda z, dy, slope, backward: dy if backward else z)
-    relu = kinked(inlined(lambda v, slope: zero))
-    leaky_relu = kinked(inlined(lambda v, slope: v * slope))
-    silu, gelu, gelu_tanh = gated(silu_gate), gated(gelu_gate), gated(gelu_tanh_gate)
-    lines_of_identity, lines_of_relu = _over_lines(identity), _over_lines(relu)
-    lines_of_leaky_relu, lines_of_silu = _over_lines(leaky_relu), _over_lines(silu)
-    lines_of_gelu, lines_of_gelu_tanh = _over_lines(gelu), _over_lines(gelu_tanh)
-
-    @called
-    def activated(z, dy, kind, slope, backward):
-        if kind == RELU:
-            return relu(z, dy, slope, backward)
-        if kind == LEAKY_RELU:
-            return leaky_relu(z, dy, slope, backward)
-        if kind == SILU:
-            return silu(z, dy, slope, backward)
-        if kind == GELU:
-            return gelu(z, dy, slope, backward)
-        if kind == GELU_TANH:
-            return gelu_tanh(z, dy, slope, backward)
-        return identity(z, dy, slope, backward)
-
-    @called
-    def ends(arrays, terms, kind, slope, how, first, stop):
-        width = lanes(arrays[3])
-        for j in range(first, stop, width):
-            place = j, min(width, stop - j)
-            z = input_of_part(arrays, terms, how[0], place)
-            dy = load_part(arrays[2], place)
-            store_part(arrays[3], place, activated(z, dy, kind, slope, how[1]))
-
-    @called
-    def run(arrays, terms, kind, slope, how):
-        y, slope = arrays[3], number(slope)
-        past, first, stop = whole_lines(y, how[2])
-        how = how[0], how[1], past
-        if first > 0:
-            ends(arrays, terms, kind, slope, how, 0, first)
-        if kind == RELU:
-            lines_of_relu(arrays, terms, slope, how, first, stop)
-        elif kind == LEAKY_RELU:
-            lines_of_leaky_relu(arrays, terms, slope, how, first, stop)
-        elif kind == SILU:
-            lines_of_silu(arrays, terms, slope, how, first, stop)
-        elif kind == GELU:
-            lines_of_gelu(arrays, terms, slope, how, first, stop)
-        elif kind == GELU_TANH:
-            lines_of_gelu_tanh(arrays, terms, slope, how, first, stop)
-        else:
-            lines_of_identity(arrays, terms, slope, how, first, stop)
-        if stop < y.size:
-            ends(arrays, terms, kind, slope, how, stop, y.size)
-
-    return run
-
-
-_RUNS = {
-    32: _activations(np.float32, EXP32, 88, 23, 127, 0.693359375, -2.12194440e-4),
-    64: _activations(np.float64, EXP64, 709, 52, 1023, 6.93147180369123816490e-01,
-                  1.90821492927058770002e-10),
-}
-
-
-def map_fused_run(arrays, terms, kind, slope, how):
-    """y of a run."""
-
-
-@overload(map_fused_run, jit_options=INLINING)
-def _map_fused_run(arrays, terms, kind, slope, how):
-    run = _RUNS[getattr(terms[0], "dtype", terms[0]).bitwidth]
-    return lambda arrays, terms, kind, slope, how: run(arrays, terms, kind, slope, how)
-
-
-# ---- kernels -------------------------------------------------------------------------------------
-
 # (dy, x, residual, weight, bias, into, mean, rstd, sizes, kind, slope, has_residual, backward,
-# streaming); in a forward dy may be anything like x, and without one the residual
-LETTERS = "xxxaax dd tnfnnn"
+# streaming, threads); in a forward dy may be anything like x, and without one the residual
+LETTERS = "xxxaax dd tnfnnnn"
 
 
 def kernel_of(geometry):
@@ -278,15 +33,16 @@ def kernel_of(geometry):
 
 @kernel(LETTERS, allocates=True)
 def map_fused_runs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind, slope,
-                   has_residual, backward, streaming):
+                   has_residual, backward, streaming, threads):
     """into = activation(z + residual), or backward dy*activation'(z + residual)."""
     b, o, g, k, i = sizes
     channels, pieces = g * k, pieces_of(i)
     hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     how = has_residual != 0, backward != 0, streaming != 0
     units = b * o * channels * pieces
-    for part in prange(PARTS):
-        for unit in range(part * units // PARTS, (part + 1) * units // PARTS):
+    for part in prange(threads):
+        for turn in range(part * units // threads, (part + 1) * units // threads):
+            unit = in_turn(turn, part, threads, units, True)
             run, piece = unit // pieces, unit % pieces
             own = slice(run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces)
             channel = run // (o * channels) * channels + run % channels
@@ -308,7 +64,7 @@ def repeat(values, i, into):
 
 @kernel(LETTERS, allocates=True)
 def map_fused_slabs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind, slope,
-                    has_residual, backward, streaming):
+                    has_residual, backward, streaming, threads):
     """Of short runs: those of neighbouring channels in a sample as one, and of few channels where
     i is 1 those of several samples."""
     b, o, g, k, i = sizes
@@ -320,30 +76,33 @@ def map_fused_slabs(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind
     copies = min(o, (WIDE + channels - 1) // channels) if i == 1 else 1
     rows = (o + copies - 1) // copies
     parts = min(rows, (PARTS + b * slabs - 1) // (b * slabs))
-    for unit in prange(b * slabs * parts):
-        sample_, slab, part = unit // (slabs * parts), unit // parts % slabs, unit % parts
-        first = sample_ * channels + slab * most
-        own = slice(first, min((sample_ + 1) * channels, first + most))
-        terms = hi[own], scale[own], shift[own]
-        width = (own.stop - own.start) * i * copies
-        if width > own.stop - own.start:
-            room = np.empty(3 * width, weight.dtype)
-            terms = room[:width], room[width : 2 * width], room[2 * width :]
-            repeat(hi[own], i, terms[0])
-            repeat(scale[own], i, terms[1])
-            repeat(shift[own], i, terms[2])
-        end = (sample_ + 1) * o * channels * i
-        for row in range(part * rows // parts, (part + 1) * rows // parts):
-            at = (sample_ * o + row * copies) * channels * i + slab * most * i
-            n = min(width, end - at)
-            run = slice(at, at + n)
-            map_fused_run((x[run], residual[run], dy[run], into[run]),
-                          (terms[0][:n], terms[1][:n], terms[2][:n]), kind, slope, how)
+    units = b * slabs * parts
+    for thread in prange(threads):
+        for turn in range(thread * units // threads, (thread + 1) * units // threads):
+            unit = in_turn(turn, thread, threads, units, True)
+            sample_, slab, part = unit // (slabs * parts), unit // parts % slabs, unit % parts
+            first = sample_ * channels + slab * most
+            own = slice(first, min((sample_ + 1) * channels, first + most))
+            terms = hi[own], scale[own], shift[own]
+            width = (own.stop - own.start) * i * copies
+            if width > own.stop - own.start:
+                room = np.empty(3 * width, weight.dtype)
+                terms = room[:width], room[width : 2 * width], room[2 * width :]
+                repeat(hi[own], i, terms[0])
+                repeat(scale[own], i, terms[1])
+                repeat(shift[own], i, terms[2])
+            end = (sample_ + 1) * o * channels * i
+            for row in range(part * rows // parts, (part + 1) * rows // parts):
+                at = (sample_ * o + row * copies) * channels * i + slab * most * i
+                n = min(width, end - at)
+                run = slice(at, at + n)
+                map_fused_run((x[run], residual[run], dy[run], into[run]),
+                              (terms[0][:n], terms[1][:n], terms[2][:n]), kind, slope, how)
 
 
 @kernel(LETTERS)
 def map_fused_elements(dy, x, residual, weight, bias, into, mean, rstd, sizes, kind, slope,
-                       has_residual, backward, streaming):
+                       has_residual, backward, streaming, threads):
     """Of rows with a weight for each place."""
     b, _, g, k, _ = sizes
     how = has_residual != 0, backward != 0, streaming != 0

@@ -16,8 +16,8 @@ from fastnorm.backends.numba_simd import Vector, choose, load, load_part
 # Named here, and compiled as the overloads below say.
 
 
-def gate_if(bias, scale, shift):
-    """The gate of these, where there is one."""
+def gate_if(bias, beside, scale, shift):
+    """The gate of these, where there is one: a bias, and nothing beside the kernel."""
 
 
 def bias_at(bias, c):
@@ -37,10 +37,10 @@ def through(u, d, gate):
 
 
 @overload(gate_if, jit_options=INLINING)
-def _gate_if(bias, scale, shift):
-    if len(bias) == 0:
-        return lambda bias, scale, shift: ()
-    return lambda bias, scale, shift: (scale, shift)
+def _gate_if(bias, beside, scale, shift):
+    if len(bias) == 0 or len(beside) > 0:
+        return lambda bias, beside, scale, shift: ()
+    return lambda bias, beside, scale, shift: (scale, shift)
 
 
 @overload(bias_at, jit_options=INLINING)

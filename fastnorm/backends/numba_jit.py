@@ -70,10 +70,13 @@ def _named(function, build):
 # (x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming); where y is empty only the
 # statistics are wanted
 FORWARD = "xxaa ddd t fnn"
+FUSED = FORWARD + "b"  # and `beside`
 # (dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean, given, streaming);
 # bias is () but for a gate (see numba_gate), terms room for each part's dweight and dbias
 BACKWARD = "xxa-x dd d aa t nnn"
 GATED = "xxagx dd d aa t nnn"
+# And where the gradient in front of the activation goes, or dy, and `beside`.
+FUSED_BACKWARD = GATED + "xb"
 
 
 class Kernel:
@@ -81,12 +84,13 @@ class Kernel:
     calling thread alone.
 
     `letters` are its argument types: x an array like x, a one of the working type, d of float64,
-    n an int64, f a float64, t a tuple of as many int64 as it has `sizes`, - the empty tuple, and g
-    that or a tuple of one a."""
+    n an int64, f a float64, t a tuple of as many int64 as it has `sizes`, - the empty tuple, g that
+    or a tuple of one a, and b that or what is beside (see numba_activations)."""
 
     def __init__(self, function, letters, sizes, parallel, allocates):
         self.letters = letters.replace(" ", "")
         self.may_be_gated = "g" in letters
+        self.may_be_fused = "b" in letters
         self.sizes = sizes
         options = OPTIONS | {"cache": True} | ({} if allocates else UNCOUNTED)
         self.serial = njit(**options)(_named(function, "serial"))
@@ -106,9 +110,15 @@ class Kernel:
             "t": types.UniTuple(types.int64, self.sizes),
             "-": types.Tuple(()),
         }
-        gates = [types.Tuple(()), types.UniTuple(kinds["a"], 1)]
-        for gate in gates if self.may_be_gated else gates[:1]:
-            kinds["g"] = gate
+        nothing = types.Tuple(())
+        gate = types.UniTuple(kinds["a"], 1)
+        beside = types.Tuple((kinds["x"], types.int64, types.float64, types.int64))
+        ways = [(nothing, nothing)]
+        if self.may_be_gated:
+            ways.append((gate, nothing))
+        if self.may_be_fused:
+            ways.append((gate if self.may_be_gated else nothing, beside))
+        for kinds["g"], kinds["b"] in ways:
             for build in {self.parallel, self.serial}:
                 build.compile(tuple(kinds[letter] for letter in self.letters))
 

@@ -8,10 +8,13 @@ which are summed, merged in their order, and mapped: the bits never depend on th
 import numpy as np
 from numba import float64, prange
 
+from fastnorm.backends.numba_activations import map_run_beside, take_back
 from fastnorm.backends.numba_gate import bias_at, gate_if
 from fastnorm.backends.numba_jit import (
     BACKWARD,
     FORWARD,
+    FUSED,
+    FUSED_BACKWARD,
     GATED,
     allocating,
     called,
@@ -57,8 +60,8 @@ def parts_of(geometry):
     return shared_evenly(min(-(-geometry.b // least), MOST_PARTS))
 
 
-@kernel(FORWARD)
-def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
+@kernel(FUSED)
+def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming, beside):
     """Each set: sums, statistics, map."""
     b, o, g, k, i = sizes
     n = k * i
@@ -84,8 +87,8 @@ def forward_sets(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, stre
             )
             for r in range(o):
                 at = start + r * g * n + c * i
-                map_run(y[at : at + i], (x[at : at + i],),
-                        (hi, rounded(x, scale), rounded(x, shift)), streaming)
+                map_run_beside(x, y, at, i, (hi, rounded(x, scale), rounded(x, shift)), beside,
+                               streaming)
 
 
 @inlined
@@ -290,17 +293,24 @@ def merge_terms(terms, dweight, dbias, parts):
 
 
 @inlined
-def gate_of(bias, x, weight, mean, hi, rstd, channel):
-    """The gate of a channel of a set."""
+def terms_before(bias, x, weight, mean, hi, rstd, channel):
+    """(hi, scale, shift) of the activation's input, of a channel of a set."""
     scale, shift = forward_terms(
         mean, float64(hi), rstd, float64(weight[channel]), bias_at(bias, channel)
     )
-    return gate_if(bias, rounded(x, scale), rounded(x, shift))
+    return hi, rounded(x, scale), rounded(x, shift)
 
 
-@kernel(GATED)
+@inlined
+def gate_of(bias, beside, x, weight, mean, hi, rstd, channel):
+    """The gate of a channel of a set."""
+    _, scale, shift = terms_before(bias, x, weight, mean, hi, rstd, channel)
+    return gate_if(bias, beside, scale, shift)
+
+
+@kernel(FUSED_BACKWARD)
 def backward_sets(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
-                  given, streaming):
+                  given, streaming, before, beside):
     b, o, g, k, i = sizes
     n = k * i
     terms_w, terms_b = terms[: b * g * k], terms[b * g * k :]
@@ -311,12 +321,15 @@ def backward_sets(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, si
         gy = 0.0
         gyd = 0.0
         for c in range(k):
-            gate = gate_of(bias, x, weight, mean[set_], hi, rstd[set_], set_ % g * k + c)
+            channel = set_ % g * k + c
+            gate = gate_of(bias, beside, x, weight, mean[set_], hi, rstd[set_], channel)
+            z = terms_before(bias, x, weight, mean[set_], hi, rstd[set_], channel)
             s = 0.0
             q = 0.0
             for r in range(o):
                 at = start + r * g * n + c * i
-                sums = run_products(x[at : at + i], dy[at : at + i], gate, hi)
+                take_back(dy, x, before, at, 1, i, z, beside)
+                sums = run_products(x[at : at + i], before[at : at + i], gate, hi)
                 s += sums[0]
                 q += sums[1]
             terms_b[set_ * k + c] = s
@@ -329,10 +342,10 @@ def backward_sets(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, si
         for r in range(o):
             for c in range(k):
                 at, channel = start + r * g * n + c * i, set_ % g * k + c
-                gate = gate_of(bias, x, weight, mean[set_], hi, rstd[set_], channel)
+                gate = gate_of(bias, beside, x, weight, mean[set_], hi, rstd[set_], channel)
                 terms_of_run = (gate, hi, rounded(x, scale), rounded(x, shift),
                                 rounded(x, rstd[set_] * float64(weight[channel])))
-                map_products(dx[at : at + i], (x[at : at + i], dy[at : at + i]), terms_of_run,
+                map_products(dx[at : at + i], (x[at : at + i], before[at : at + i]), terms_of_run,
                              streaming)
     merge_terms(terms, dweight, dbias, b)
 
@@ -344,7 +357,7 @@ def sum_product_piece(x, dy, weight, bias, hi, partial, mean, rstd, unit, sizes)
     pieces = pieces_of(i)
     run, piece = unit // pieces, unit % pieces
     set_ = set_of_run(run // k, o, g)
-    gate = gate_of(bias, x, weight, mean[set_], hi[set_], rstd[set_], run % (g * k))
+    gate = gate_of(bias, (), x, weight, mean[set_], hi[set_], rstd[set_], run % (g * k))
     first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
     partial[2 * unit], partial[2 * unit + 1] = run_products(
         x[first:stop], dy[first:stop], gate, hi[set_]
@@ -386,7 +399,7 @@ def map_product_piece(dy, x, dx, weight, bias, hi, scale, shift, mean, rstd, uni
     set_ = set_of_run(run // k, o, g)
     first, stop = run * i + piece * i // pieces, run * i + (piece + 1) * i // pieces
     channel = run % (g * k)
-    gate = gate_of(bias, x, weight, mean[set_], hi[set_], rstd[set_], channel)
+    gate = gate_of(bias, (), x, weight, mean[set_], hi[set_], rstd[set_], channel)
     terms = (gate, hi[set_], scale[set_], shift[set_],
              rounded(x, rstd[set_] * float64(weight[channel])))
     map_products(dx[first:stop], (x[first:stop], dy[first:stop]), terms, streaming)

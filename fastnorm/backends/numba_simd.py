@@ -9,12 +9,14 @@ other bits. Here the lanes of a sum are spelled out.
 import operator
 from platform import machine
 
+import numba
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
+ON_X86 = machine() in ("x86_64", "AMD64")
 LINE = 64  # bytes
 # Lines of the vectors that maps along runs are made of. With one, an exponential waits for itself
 # (SiLU took 1.1 to 1.7 times as long); with two, maps in the second-level cache took up to 1.2
@@ -337,9 +339,16 @@ def lanewise(function):
     return apply
 
 
+def compiled_for(feature):
+    """Whether kernels are compiled for a processor that has it."""
+    features = numba.config.CPU_FEATURES
+    features = get_host_cpu_features().flatten() if features is None else features
+    return f"+{feature}" in features.split(",")
+
+
 # Where the processor has fused multiply-adds, they are spelled out: LLVM, which may not change a
 # rounding, makes none by itself.
-FUSES = get_host_cpu_features().get("fma", False) or machine() in ("aarch64", "arm64")
+FUSES = (ON_X86 and compiled_for("fma")) or machine() in ("aarch64", "arm64")
 
 
 def _multiply_add(builder, a, b, c):

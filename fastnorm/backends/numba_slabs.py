@@ -10,9 +10,10 @@ from math import gcd
 import numpy as np
 from numba import float64, prange
 
+from fastnorm.backends.numba_activations import map_rows_beside, take_back
 from fastnorm.backends.numba_gate import bias_at, gate_if
-from fastnorm.backends.numba_jit import FORWARD, GATED, inlined, kernel
-from fastnorm.backends.numba_maps import map_product_rows, map_rows
+from fastnorm.backends.numba_jit import FUSED, FUSED_BACKWARD, inlined, kernel
+from fastnorm.backends.numba_maps import map_product_rows
 from fastnorm.backends.numba_simd import LINE, fold, lanes, load, rounded, splat
 from fastnorm.backends.numba_words import (
     RUN,
@@ -70,8 +71,8 @@ def gather(places, i, totals):
     places[:] = 0
 
 
-@kernel(FORWARD, sizes=6, allocates=True)
-def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming):
+@kernel(FUSED, sizes=6, allocates=True)
+def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, streaming, beside):
     """numba_rows.forward_sets, or with `given` only the map."""
     _, o, g, _, i, given = sizes
     stride = g * i
@@ -111,13 +112,12 @@ def forward_slabs(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
             spread(terms[0], i, hi)
             spread(terms[1], i, scale)
             spread(terms[2], i, shift)
-            at = first * i
-            map_rows(x[at:], y[at:], o, stride, hi, scale, shift, STEP, streaming)
+            map_rows_beside(x, y, first * i, o, stride, (hi, scale, shift), beside, STEP, streaming)
 
 
-@kernel(GATED, allocates=True)
+@kernel(FUSED_BACKWARD, allocates=True)
 def backward_slabs(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, sizes, has_mean,
-                   given, streaming):
+                   given, streaming, before, beside):
     """numba_rows.backward_sets."""
     _, o, g, _, i = sizes
     stride = g * i
@@ -132,7 +132,7 @@ def backward_slabs(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, s
         dscale = np.zeros(n, weight.dtype)
         own = np.zeros((4, channels), weight.dtype)
         room = np.zeros((2, n if len(bias) > 0 else 0), weight.dtype)
-        gate = gate_if(bias, room[0], room[1])
+        gate = gate_if(bias, beside, room[0], room[1])
         sums = np.zeros((2, channels))
         for c in range(channels):
             own[0, c] = mean[first + c]
@@ -148,10 +148,9 @@ def backward_slabs(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, s
             spread(own[2], i, room[1])
             own[1:3] = 0
         for r in range(0, o, RUN):
-            at = r * stride + first * i
-            add_row_products(
-                x[at:], dy[at:], gate, min(RUN, o - r), stride, hi, scale, shift, STEP
-            )
+            at, rows = r * stride + first * i, min(RUN, o - r)
+            take_back(dy, x, before, at, rows, stride, (hi, room[0], room[1]), beside)
+            add_row_products(x[at:], before[at:], gate, rows, stride, hi, scale, shift, STEP)
             gather(scale, i, sums[0])
             gather(shift, i, sums[1])
         for c in range(channels):
@@ -170,5 +169,5 @@ def backward_slabs(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, s
         spread(own[3], i, dscale)
         at = first * i
         map_product_rows(
-            x[at:], dy[at:], dx[at:], gate, o, stride, hi, scale, shift, dscale, STEP, streaming
+            x[at:], before[at:], dx[at:], gate, o, stride, hi, scale, shift, dscale, STEP, streaming
         )
