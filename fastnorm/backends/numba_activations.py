@@ -71,30 +71,35 @@ input_of_line, input_of_part = _input(load), _input(load_part)
 input_of_lines = _input(load_together)
 
 
-def _over_lines(activated):
-    """A function of whole vectors of a run."""
+def _steps(activated, find, read, lines):
+    """A function of whole vectors of so many lines."""
 
     @inlined
-    def lines(arrays, terms, slope, how, first, stop):
+    def steps(arrays, terms, slope, how, first, stop):
         has_residual, backward, past = how
-        width = lanes(arrays[3])
-        many = stop - (stop - first) % (TOGETHER * width)
-        for j in range(first, many, TOGETHER * width):
-            z = input_of_lines(arrays, terms, has_residual, j)
-            found = activated(z, load_together(arrays[2], j), slope, backward)
-            if past:
-                stream(arrays[3], j, found)
-            else:
-                store(arrays[3], j, found)
-        for j in range(many, stop, width):
-            z = input_of_line(arrays, terms, has_residual, j)
-            found = activated(z, load(arrays[2], j), slope, backward)
+        for j in range(first, stop, lines * lanes(arrays[3])):
+            z = find(arrays, terms, has_residual, j)
+            found = activated(z, read(arrays[2], j), slope, backward)
             if past:
                 stream(arrays[3], j, found)
             else:
                 store(arrays[3], j, found)
 
-    return lines
+    return steps
+
+
+def _over_lines(activated):
+    """A function of whole lines of a run."""
+    together = _steps(activated, input_of_lines, load_together, TOGETHER)
+    one_by_one = _steps(activated, input_of_line, load, 1)
+
+    @inlined
+    def over(arrays, terms, slope, how, first, stop):
+        many = stop - (stop - first) % (TOGETHER * lanes(arrays[3]))
+        together(arrays, terms, slope, how, first, many)
+        one_by_one(arrays, terms, slope, how, many, stop)
+
+    return over
 
 
 def _activations(number, powers, far, mantissa, bias, ln2_high, ln2_low):
