@@ -13,8 +13,8 @@ install:  ## install in place, with what tests and linting need
 build:  ## compile libfastnorm and the binding in place again
 	$(PYTHON) setup.py build_ext --inplace
 
-test:  ## run the tests
-	$(PYTHON) -m pytest
+test:  ## run the tests, on every core
+	$(PYTHON) -m pytest -n auto --dist loadgroup
 
 test-c:  ## build and run the C example and the C test
 	$(PYTHON) -m pytest tests/test_install.py -k "c_program or header or library"

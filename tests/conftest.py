@@ -8,6 +8,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # oracle; examples
 
 from fastnorm import backends
+from fastnorm.config import available_threads
 
 LEVELS = {"v2": 2, "v3": 3, "v4": 4}
 
@@ -19,6 +20,20 @@ def engines():
     if best in LEVELS:
         names[:1] = [f"native-{level}" for level in LEVELS if level <= best]
     return names
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What -n auto means: a worker holds about a gigabyte."""
+    return min(8, available_threads())
+
+
+def pytest_collection_modifyitems(items):
+    """Numba's kernels of a type are compiled by one worker of pytest-xdist, not by each."""
+    for item in items:
+        if "numba" in item.nodeid:
+            types = (dtype for dtype in ("bfloat16", "float16", "float64") if dtype in item.nodeid)
+            item.add_marker(pytest.mark.xdist_group(f"numba-{next(types, 'float32')}"))
 
 
 @pytest.fixture(params=engines())

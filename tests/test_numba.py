@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from cases import DTYPES
 
 import fastnorm
 from fastnorm import backends
+from fastnorm.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,28 +179,47 @@ print(sum(len(build.signatures) for k in numba_cpu.kernels() for build in (k.ser
     assert out.strip() == "0"
 
 
-def test_warmup_compiles_what_calls_use(tmp_path):
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    run("from fastnorm.__main__ import main; main(['warmup', '--dtype', 'float32'])", **environment)
-    out = run("""
-import numpy as np, fastnorm
-from fastnorm.backends import numba_cpu
-big = np.ones((4, 8, 64, 64), np.float32)
-big.setflags(write=False)
-for x in (big, big[:1, :2], big[:1, :, :2, :2]):
-    for layout in ("NCHW", "NHWC"):
-        common = {"layout": layout, "backend": "numba"}
+def test_warmup_compiles_what_calls_use():
+    """Into the cache that is there: into an empty one takes minutes."""
+    from fastnorm.backends import numba_cpu
+
+    big = np.ones((4, 8, 64, 64), np.float32)
+    big.setflags(write=False)
+    after = {"activation": "relu"}, {"activation": "silu"}, {}
+    for x, layout, also in product(
+        (big, big[:1, :2], big[:1, :, :2, :2]), ("NCHW", "NHWC"), after
+    ):
+        common = {"layout": layout, "backend": "numba"} | also
         y, stats = fastnorm.batch_norm(x, training=True, return_stats=True, **common)
         fastnorm.batch_norm(x, stats.mean, stats.var, **common)
         fastnorm.batch_norm_backward(y, x, stats, **common)
         y, stats = fastnorm.group_norm(x, 2, return_stats=True, **common)
         fastnorm.group_norm_backward(y, x, stats, 2, **common)
-    y, stats = fastnorm.layer_norm(x, x.shape[-1], return_stats=True, backend="numba")
-    fastnorm.layer_norm_backward(y, x, stats, x.shape[-1], backend="numba")
-builds = {build for k in numba_cpu.kernels() for build in (k.serial, k.parallel)}
-print(sum(sum(build.stats.cache_misses.values()) for build in builds))
-""", **environment)
-    assert out.strip() == "0"
+        common.pop("layout")
+        y, stats = fastnorm.layer_norm(x, x.shape[-1], return_stats=True, **common)
+        fastnorm.layer_norm_backward(y, x, stats, x.shape[-1], **common)
+    called = 0
+    for kernel in numba_cpu.kernels():
+        known = {signature for dtype in DTYPES for signature in kernel.signatures(dtype)}
+        for build in (kernel.serial, kernel.parallel):
+            called += len(build.signatures)
+            assert known.issuperset(build.signatures), build  # those of tests before, too
+    assert called >= 30
+    assert main(["warmup", "--dtype", "float32"]) == 0
+    for kernel in numba_cpu.kernels():
+        for build in (kernel.serial, kernel.parallel):
+            assert set(build.signatures).issuperset(kernel.signatures("float32")), build
+    out = run("""
+import numpy as np, fastnorm
+from fastnorm.backends import numba_cpu
+x = np.ones((4, 8, 64, 64), np.float32)
+fastnorm.batch_norm(x, training=True, backend="numba", activation="relu")
+fastnorm.layer_norm(x, 64, backend="numba", num_threads=1)
+builds = [build for k in numba_cpu.kernels() for build in (k.serial, k.parallel)]
+print(*(sum(sum(getattr(build.stats, of).values()) for build in builds)
+        for of in ("cache_hits", "cache_misses")))
+""")
+    assert out.split() == ["2", "0"]
 
 
 @pytest.mark.parametrize("offset", [0, 4, 12])

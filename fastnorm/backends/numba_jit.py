@@ -99,8 +99,8 @@ class Kernel:
             self.parallel = njit(parallel=PARALLEL, **options)(_named(function, "parallel"))
         KERNELS.append(self)
 
-    def compile(self, dtype):
-        """Both builds for arrays of `dtype`, or from the cache on disk."""
+    def signatures(self, dtype):
+        """The argument types of all calls with arrays of `dtype`."""
         kinds = {
             "x": numba.from_dtype(TABLE[np.dtype(dtype)].bits)[::1],
             "a": numba.from_dtype(TABLE[np.dtype(dtype)].work)[::1],
@@ -118,9 +118,16 @@ class Kernel:
             ways.append((gate, nothing))
         if self.may_be_fused:
             ways.append((gate if self.may_be_gated else nothing, beside))
-        for kinds["g"], kinds["b"] in ways:
+        return [
+            tuple((kinds | {"g": gate, "b": beside})[letter] for letter in self.letters)
+            for gate, beside in ways
+        ]
+
+    def compile(self, dtype):
+        """Both builds for arrays of `dtype`, or from the cache on disk."""
+        for signature in self.signatures(dtype):
             for build in {self.parallel, self.serial}:
-                build.compile(tuple(kinds[letter] for letter in self.letters))
+                build.compile(signature)
 
 
 def kernel(letters, sizes=5, parallel=True, allocates=False):
