@@ -105,28 +105,34 @@ def _bench(chosen):
 
 
 def _warmup(chosen):
-    from fastnorm import backends
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from fastnorm import backends, get_num_threads
 
     numba_cpu = backends.load("numba")
     if isinstance(numba_cpu, str):
         print(f"fastnorm warmup: the numba backend {numba_cpu}", file=sys.stderr)
         return 1
-    work = [
-        (kernel, dtype)
-        for dtype in ([chosen.dtype] if chosen.dtype else ["float32", "float64"])
-        for kernel in numba_cpu.kernels()
-    ]
     try:
         from rich.progress import track
     except ModuleNotFoundError as error:
         hint = "python -m pip install 'fastnorm[bench]'"
         print(f"fastnorm warmup: {error}; for a progress bar: {hint}", file=sys.stderr)
 
-        def track(work, description):
+        def track(work, description, total):
             return work
 
-    for kernel, dtype in track(work, description="compiling"):
-        kernel.compile(dtype)
+    # From the last kernel, as those that take longest should not be left for the end.
+    work = [
+        (number, dtype)
+        for number in reversed(range(len(numba_cpu.kernels())))
+        for dtype in ([chosen.dtype] if chosen.dtype else ["float32", "float64"])
+    ]
+    with ProcessPoolExecutor(get_num_threads(), get_context("spawn")) as pool:
+        compiling = [pool.submit(numba_cpu.compile_kernel, *each) for each in work]
+        for done in track(as_completed(compiling), "compiling", len(work)):
+            done.result()
     return 0
 
 

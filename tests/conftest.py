@@ -24,8 +24,8 @@ def engines():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """What -n auto means: a worker holds about a gigabyte."""
-    return min(8, available_threads())
+    """What -n auto means: a worker may hold three gigabytes."""
+    return min(4, available_threads())
 
 
 def pytest_collection_modifyitems(items):

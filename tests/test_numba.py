@@ -206,20 +206,21 @@ def test_warmup_compiles_what_calls_use():
             assert known.issuperset(build.signatures), build  # those of tests before, too
     assert called >= 30
     assert main(["warmup", "--dtype", "float32"]) == 0
-    for kernel in numba_cpu.kernels():
-        for build in (kernel.serial, kernel.parallel):
-            assert set(build.signatures).issuperset(kernel.signatures("float32")), build
     out = run("""
 import numpy as np, fastnorm
 from fastnorm.backends import numba_cpu
 x = np.ones((4, 8, 64, 64), np.float32)
 fastnorm.batch_norm(x, training=True, backend="numba", activation="relu")
 fastnorm.layer_norm(x, 64, backend="numba", num_threads=1)
+for kernel in numba_cpu.kernels():
+    kernel.compile("float32")
 builds = [build for k in numba_cpu.kernels() for build in (k.serial, k.parallel)]
 print(*(sum(sum(getattr(build.stats, of).values()) for build in builds)
         for of in ("cache_hits", "cache_misses")))
 """)
-    assert out.split() == ["2", "0"]
+    hits, misses = map(int, out.split())
+    assert hits >= 2 * len(numba_cpu.kernels()) - 1  # one has no parallel build
+    assert misses == 0
 
 
 @pytest.mark.parametrize("offset", [0, 4, 12])

@@ -43,6 +43,11 @@ def kernels():
     return KERNELS
 
 
+def compile_kernel(number, dtype):
+    """One of them, in a process of its own."""
+    KERNELS[number].compile(dtype)
+
+
 class _Alias:
     """A writable alias of a read-only array, for which kernels would be compiled again. What it
     stands for is only read."""
