@@ -37,6 +37,8 @@ LEVELS = {
     },
     False: {"baseline": []},
 }
+# -O2 leaves loops over a few vectors rolled: 1.2 (layer norm) to 1.8 (SiLU) times the time, for a
+# quarter less to compile.
 COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden"]
 # Never fused multiply-adds, never -ffast-math: every level must give the same bits.
 MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
