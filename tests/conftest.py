@@ -29,8 +29,11 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_collection_modifyitems(items):
-    """Numba's kernels of a type are compiled by one worker of pytest-xdist, not by each."""
+    """What takes long to compile is compiled by one worker of pytest-xdist, not by each: the C
+    library, and Numba's kernels of a type."""
     for item in items:
+        if "test_embedding" in item.nodeid:
+            item.add_marker(pytest.mark.xdist_group("embedding"))
         if "numba" in item.nodeid:
             types = (dtype for dtype in ("bfloat16", "float16", "float64") if dtype in item.nodeid)
             item.add_marker(pytest.mark.xdist_group(f"numba-{next(types, 'float32')}"))

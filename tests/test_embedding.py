@@ -94,7 +94,7 @@ def test_rust(tmp_path):
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
-    """The C library alone, built from source without OpenMP and moved after its installation."""
+    """The C library alone, of one level, built without OpenMP and moved after its installation."""
     if CC is None or not (ROOT / "setup.py").exists():
         pytest.skip("no C compiler or no source here")
     pytest.importorskip("Cython")
@@ -102,7 +102,8 @@ def prefix(tmp_path_factory):
     succeeds(
         sys.executable, "setup.py", "-q", "install_c", f"--prefix={folder / 'first'}",
         f"--build-temp={folder / 'objects'}", cwd=ROOT,
-        env=os.environ | {"FASTNORM_OPENMP": "0", "FASTNORM_CFLAGS": "-O1"},
+        env=os.environ
+        | {"FASTNORM_OPENMP": "0", "FASTNORM_CFLAGS": "-O1", "FASTNORM_LEVELS": "0"},
     )
     return (folder / "first").rename(folder / "moved")
 
@@ -140,33 +141,43 @@ def test_without_openmp_every_c_test_passes(prefix, kind, tmp_path):
         succeeds(program, env={"PATH": ""}, cwd="/")
 
 
-@needs("make", "objcopy")
-@needs_cc
-def test_sources_build_where_there_is_no_python(tmp_path):
-    if not (ROOT / "setup.py").exists():
-        pytest.skip("no source here")
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The archive of sources unpacked, and built of all levels without OpenMP."""
+    if CC is None or not (ROOT / "setup.py").exists():
+        pytest.skip("no C compiler or no source here")
     pytest.importorskip("Cython")
-    succeeds(sys.executable, "setup.py", "-q", "dist_c", f"--dist-dir={tmp_path}", cwd=ROOT)
-    (archive,) = tmp_path.glob("fastnorm-c-*.tar.gz")
+    place = tmp_path_factory.mktemp("sources")
+    succeeds(sys.executable, "setup.py", "-q", "dist_c", f"--dist-dir={place}", cwd=ROOT)
+    (archive,) = place.glob("fastnorm-c-*.tar.gz")
     with tarfile.open(archive) as packed:
         # Filters came with Python 3.11.4, and 3.12 warns where there is none.
-        packed.extractall(
-            tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
-        )
-    folder = tmp_path / archive.name.removesuffix(".tar.gz")
-    for file in (folder / "src").iterdir():
+        packed.extractall(place, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    folder = place / archive.name.removesuffix(".tar.gz")
+    assert "0 failed" in succeeds(*make(folder), "check", cwd=folder, env=without_python())
+    return folder
+
+
+def make(folder):
+    return "make", "-j2", "OPENMP=", "CFLAGS=-O1", f"PREFIX={folder.parent / 'prefix'}"
+
+
+def without_python():
+    return {"PATH": os.environ["PATH"]}
+
+
+@needs("make", "objcopy")
+def test_sources_build_where_there_is_no_python(sources, tmp_path):
+    for file in (sources / "src").iterdir():
         assert not re.search(r"\bPy[A-Z_]|Python\.h|__pyx_m", file.read_text()), file.name
-    environment = {"PATH": os.environ["PATH"]}
-    make = ("make", "-j2", "OPENMP=", "CFLAGS=-O1", f"PREFIX={tmp_path / 'prefix'}")
-    assert "0 failed" in succeeds(*make, "check", cwd=folder, env=environment)
-    succeeds(*make, "install", cwd=folder, env=environment)
-    program = tmp_path / "embed"
+    succeeds(*make(sources), "install", cwd=sources, env=without_python())
+    prefix, program = sources.parent / "prefix", tmp_path / "embed"
     succeeds(
-        CC, "-std=c99", *STRICT, EXAMPLES / "embed.c", f"-I{tmp_path / 'prefix/include'}",
-        tmp_path / "prefix/lib/libfastnorm.a", "-lm", "-lpthread", "-o", program,
+        CC, "-std=c99", *STRICT, EXAMPLES / "embed.c", f"-I{prefix / 'include'}",
+        prefix / "lib/libfastnorm.a", "-lm", "-lpthread", "-o", program,
     )
     succeeds(program)
-    assert "gomp" not in (tmp_path / "prefix/lib/pkgconfig/fastnorm.pc").read_text()
+    assert "gomp" not in (prefix / "lib/pkgconfig/fastnorm.pc").read_text()
 
 
 @needs("doxygen")
@@ -196,12 +207,11 @@ def test_a_moved_prefix_is_found_by_cmake(prefix, tmp_path):
     assert "off by at most" in build_with_cmake(tmp_path, prefix / "lib" / "cmake" / "fastnorm")
 
 
-@needs("objdump")
+@needs("make", "objcopy", "objdump")
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="levels of x86-64")
-def test_baseline_objects_need_no_avx(prefix):
-    objects = sorted((prefix.parent / "objects" / "libfastnorm").glob("*.o"))
-    baseline = [file for file in objects if "_v3" not in file.name and "_v4" not in file.name
-                and file.name != "libfastnorm.o"]
+def test_baseline_objects_need_no_avx(sources):
+    objects = sorted((sources / "objects").glob("*.o"))
+    baseline = [file for file in objects if "_v3" not in file.name and "_v4" not in file.name]
     assert len(baseline) >= 4 + 3 * 4
     for file in baseline:
         assembly = succeeds("objdump", "-d", "--no-show-raw-insn", file)
