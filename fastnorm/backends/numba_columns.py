@@ -10,7 +10,7 @@ depend on threads.
 from functools import lru_cache
 
 import numpy as np
-from numba import float64, prange
+from numba import boolean, float64, int64, prange
 
 from fastnorm.backends.numba_gate import bias_at, gate_if
 from fastnorm.backends.numba_jit import (
@@ -108,7 +108,7 @@ def _sum_tile(add):
         if stop == rows and rest > 0:
             at = rows * width
             gate = gate_if(bias, (), gates[:rest], gates[width:])
-            add(x[at:], dy[at:], gate, 1, 0, about[:rest], s, q, 1)
+            add(x[at:], dy[at:], gate, int64(1), int64(0), about[:rest], s, q, int64(1))
             flush(s[:rest], partial[:rest])
             flush(q[:rest], partial[width : width + rest])
 
@@ -305,8 +305,8 @@ def map_tile(x, y, coefficients, cut, step, tile, streaming):
         )
     if stop == rows and rest > 0:
         map_rows(
-            x[rows * width :], y[rows * width :], 1, 0, hi[:rest], scale[:rest], shift[:rest], 1,
-            False,
+            x[rows * width :], y[rows * width :], int64(1), int64(0), hi[:rest], scale[:rest],
+            shift[:rest], int64(1), boolean(0),
         )
 
 
@@ -335,12 +335,13 @@ def forward_slices(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
     tiles = tiles_of(cut)
     coefficients = np.empty(b * 4 * width, weight.dtype)
     partial = np.empty(b * tiles * 2 * width)
-    for s in prange(b):
+    for index in prange(b):
+        s = int64(index)
         xs = x[s * size : (s + 1) * size]
         ys = y[s * size : (s + 1) * size]
         own = coefficients[s * 4 * width : (s + 1) * 4 * width]
         sums = partial[s * tiles * 2 * width : (s + 1) * tiles * 2 * width]
-        start_columns(xs, own[:width], cut, has_mean, 0, width)
+        start_columns(xs, own[:width], cut, has_mean, int64(0), width)
         for tile in range(tiles):
             sum_tile(
                 xs, xs, (), own[:0], own[:width],
@@ -348,7 +349,7 @@ def forward_slices(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
             )
         finish_groups(
             xs, own, sums, weight, bias, mean[s * g : (s + 1) * g], var[s * g : (s + 1) * g],
-            rstd[s * g : (s + 1) * g], sizes[:5], cut, eps, has_mean, False, 0, g,
+            rstd[s * g : (s + 1) * g], sizes[:5], cut, eps, has_mean, boolean(0), int64(0), g,
         )
         for tile in range(tiles if y.size > 0 else 0):
             map_tile(xs, ys, own, cut, step, tiles - 1 - tile, streaming != 0)
@@ -368,13 +369,15 @@ def forward_tiles(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
     chunks = (width + CHUNK - 1) // CHUNK
     if not given:
         if chunks == 1:  # not worth waking the threads
-            start_columns(x, about, cut, has_mean, 0, width)
+            start_columns(x, about, cut, has_mean, int64(0), width)
         else:
-            for chunk in prange(chunks):
+            for index in prange(chunks):
+                chunk = int64(index)
                 start_columns(
                     x, about, cut, has_mean, chunk * CHUNK, min(width, (chunk + 1) * CHUNK)
                 )
-        for tile in prange(tiles):
+        for index in prange(tiles):
+            tile = int64(index)
             sum_tile(
                 x, x, (), about[:0], about, partial[tile * 2 * width : (tile + 1) * 2 * width],
                 cut, step, tile,
@@ -383,16 +386,18 @@ def forward_tiles(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
     if g <= groups:
         finish_groups(
             x, coefficients, partial, weight, bias, mean, var, rstd, sizes[:5], cut, eps, has_mean,
-            given != 0, 0, g,
+            given != 0, int64(0), g,
         )
     else:
-        for chunk in prange((g + groups - 1) // groups):
+        for index in prange((g + groups - 1) // groups):
+            chunk = int64(index)
             finish_groups(
                 x, coefficients, partial, weight, bias, mean, var, rstd, sizes[:5], cut, eps,
                 has_mean, given != 0, chunk * groups, min(g, (chunk + 1) * groups),
             )
     if y.size > 0:
-        for part in prange(threads):
+        for index in prange(threads):
+            part = int64(index)
             for unit in range(part * tiles // threads, (part + 1) * tiles // threads):
                 tile = in_turn(unit, part, threads, tiles, streaming)
                 map_tile(x, y, coefficients, cut, step, tile, streaming != 0)
@@ -463,8 +468,8 @@ def open_gates(bias, weight, gates, coefficients, mean, rstd, sizes, cut):
                 mean[set_], float64(hi[c]), rstd[set_], float64(weight[c]),
                 bias_at(bias, c),
             )
-        copy_columns(scale, channels, 0, channels)
-        copy_columns(shift, channels, 0, channels)
+        copy_columns(scale, channels, int64(0), channels)
+        copy_columns(shift, channels, int64(0), channels)
 
 
 @called
@@ -485,8 +490,8 @@ def map_product_tile(dy, x, dx, bias, gates, coefficients, cut, step, tile, stre
     if stop == rows and rest > 0:
         map_product_rows(
             x[rows * width :], dy[rows * width :], dx[rows * width :],
-            gate_if(bias, (), gates[:rest], gates[width:]), 1, 0, hi[:rest], scale[:rest],
-            shift[:rest], dscale[:rest], 1, False,
+            gate_if(bias, (), gates[:rest], gates[width:]), int64(1), int64(0), hi[:rest],
+            scale[:rest], shift[:rest], dscale[:rest], int64(1), boolean(0),
         )
 
 
@@ -512,10 +517,11 @@ def backward_tiles(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, s
         else:
             for group in range(g):
                 hi[group * k : (group + 1) * k] = own[group]
-        copy_columns(hi, g * k, 0, g * k)
+        copy_columns(hi, g * k, int64(0), g * k)
     if len(bias) > 0:
         open_gates(bias, weight, gates, coefficients, mean, rstd, sizes[:5], cut)
-    for unit in prange(b * tiles):
+    for index in prange(b * tiles):
+        unit = int64(index)
         s = unit // tiles
         sum_product_tile(
             x[s * size : (s + 1) * size], dy[s * size : (s + 1) * size],
@@ -525,7 +531,8 @@ def backward_tiles(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, s
         )
     groups = max(1, CHUNK // k)
     chunks = (g + groups - 1) // groups
-    for unit in prange(b * chunks):
+    for index in prange(b * chunks):
+        unit = int64(index)
         s, chunk = unit // chunks, unit % chunks
         finish_products(
             weight, coefficients[s * 4 * width : (s + 1) * 4 * width],
@@ -534,7 +541,8 @@ def backward_tiles(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, s
             terms_w[s * g * k : (s + 1) * g * k], terms_b[s * g * k : (s + 1) * g * k], sizes[:5],
             cut, has_mean, given, chunk * groups, min(g, (chunk + 1) * groups),
         )
-    for part in prange(threads):
+    for index in prange(threads):
+        part = int64(index)
         for unit in range(part * b * tiles // threads, (part + 1) * b * tiles // threads):
             turn = in_turn(unit, part, threads, b * tiles, streaming)
             s = turn // tiles

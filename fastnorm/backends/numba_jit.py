@@ -36,7 +36,9 @@ INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # LLVM would leave some of them calls, with seven arguments for each array (1.4 to 1.7 times as long
 # at rows of 96, 1.5 times at sets of 49).
 inlined = njit(forceinline=True, **INNER, **OPTIONS, **UNCOUNTED)
-# What is called once for many values, and would be compiled again at every place.
+# What is called once for many values, and would be compiled again at every place. It is compiled
+# for each type of an argument: a constant has a type of its own, and prange's index two, one of
+# them unsigned, so calls say int64(0) and int64(index) (first calls 0.7 to 0.85 of the time).
 called = njit(**INNER, **OPTIONS, **UNCOUNTED)
 allocating = njit(**INNER, **OPTIONS)
 

@@ -6,7 +6,7 @@ which are summed, merged in their order, and mapped: the bits never depend on th
 """
 
 import numpy as np
-from numba import float64, prange
+from numba import float64, int64, prange
 
 from fastnorm.backends.numba_activations import map_run_beside, take_back
 from fastnorm.backends.numba_gate import bias_at, gate_if
@@ -255,14 +255,14 @@ def forward_pieces(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, st
             n = k * i
             about[set_] = float64(sample(x, set_ // g * o * g * n + set_ % g * n, g * n, o, n))
     for unit in prange(runs * pieces_of(k * i)):
-        sum_piece(x, about, partial, unit, sizes)
+        sum_piece(x, about, partial, int64(unit), sizes)
     for set_ in prange(b * g):
-        finish_pieces(x, about, partial, mean, var, set_, sizes, has_mean)
+        finish_pieces(x, about, partial, mean, var, int64(set_), sizes, has_mean)
     invert_deviations(var, rstd, eps)
     hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     if y.size > 0:
         for unit in prange(units_of_map(sizes)):
-            map_runs(x, y, hi, scale, shift, unit, sizes, streaming)
+            map_runs(x, y, hi, scale, shift, int64(unit), sizes, streaming)
 
 
 @kernel(FORWARD, allocates=True)
@@ -272,7 +272,7 @@ def forward_given(x, y, weight, bias, mean, var, rstd, sizes, eps, has_mean, str
     hi, scale, shift = terms_of_runs(weight, bias, mean, rstd, sizes)
     if y.size > 0:
         for unit in prange(units_of_map(sizes)):
-            map_runs(x, y, hi, scale, shift, unit, sizes, streaming)
+            map_runs(x, y, hi, scale, shift, int64(unit), sizes, streaming)
 
 
 # ---- backward: dx, and for each (set, channel) its terms of dweight and dbias --------------------
@@ -418,7 +418,7 @@ def backward_pieces(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, 
     for set_ in range(b * g):
         hi[set_] = mean[set_]
     for unit in prange(units):
-        sum_product_piece(x, dy, weight, bias, hi, partial, mean, rstd, unit, sizes)
+        sum_product_piece(x, dy, weight, bias, hi, partial, mean, rstd, int64(unit), sizes)
     for set_ in range(b * g):
         finish_product_pieces(
             weight, hi, scale, shift, partial, mean, rstd, terms[: b * g * k], terms[b * g * k :],
@@ -426,7 +426,7 @@ def backward_pieces(dy, x, weight, bias, dx, mean, rstd, terms, dweight, dbias, 
         )
     for unit in prange(units):
         map_product_piece(
-            dy, x, dx, weight, bias, hi, scale, shift, mean, rstd, unit, sizes, streaming
+            dy, x, dx, weight, bias, hi, scale, shift, mean, rstd, int64(unit), sizes, streaming
         )
     merge_terms(terms, dweight, dbias, b)
 
