@@ -13,7 +13,7 @@ install:  ## install in place, with what tests and linting need
 build:  ## compile libfastnorm and the binding in place again
 	$(PYTHON) setup.py build_ext --inplace
 
-test:  ## run the tests, on every core
+test:  ## run the tests, on up to four cores
 	$(PYTHON) -m pytest -n auto --dist loadgroup
 
 test-c:  ## build and run the C example and the C test
