@@ -22,7 +22,6 @@ depend on the geometry alone, as do parts of rows, and merged in their order.
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from fastnorm.kernels.down cimport *
 from fastnorm.kernels.joint cimport *
 from fastnorm.kernels.words cimport *
 

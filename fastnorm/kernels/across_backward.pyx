@@ -4,7 +4,6 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.across cimport *
-from fastnorm.kernels.down cimport *
 from fastnorm.kernels.words cimport *
 
 
@@ -33,8 +32,8 @@ cdef inline void sum_vec_back(
         u = u * splat(weight[r])
         s = s + u
         q = plus(u * d, q)
-    memcpy(w.s + at, &s, sizeof(vec))
-    memcpy(w.q + at, &q, sizeof(vec))
+    store_work(w.s + at, s)
+    store_work(w.q + at, q)
 
 
 cdef inline void sum_narrow_back(
@@ -81,8 +80,8 @@ cdef inline void sum_narrow_back(
         x += stride
         dy += stride
     for v in range(vectors):
-        memcpy(w.s + v * WIDTH, &s[v], sizeof(vec))
-        memcpy(w.q + v * WIDTH, &q[v], sizeof(vec))
+        store_work(w.s + v * WIDTH, s[v])
+        store_work(w.q + v * WIDTH, q[v])
 
 
 cdef inline void sum_rows_back(const stored* x, const stored* dy, int64_t stride, int64_t n,
@@ -130,7 +129,7 @@ cdef inline void sum_rows_back(const stored* x, const stored* dy, int64_t stride
         dbias[r] += sums[STEP + r]
 
 
-cdef inline void start_sets(const fn_task* t, int64_t set_, int64_t n, strip* w) noexcept nogil:
+cdef void start_sets(const fn_task* t, int64_t set_, int64_t n, strip* w) noexcept nogil:
     """Into w a forward's coefficients, from what it found; 0 behind the last place."""
     cdef double mean
     cdef int64_t c
@@ -144,8 +143,7 @@ cdef inline void start_sets(const fn_task* t, int64_t set_, int64_t n, strip* w)
         w.shift[c] = <work> (-(mean - <double> w.hi[c]) * t.rstd[set_ + c])
 
 
-cdef inline void finish_terms(const fn_task* t, int64_t set_, int64_t n,
-                              strip* w) noexcept nogil:
+cdef void finish_terms(const fn_task* t, int64_t set_, int64_t n, strip* w) noexcept nogil:
     """From the sums of gy and gy*(x - hi), the coefficients of
 
         dx = dy*rstd*weight + (x - hi)*row_scale + row_shift,
@@ -164,42 +162,39 @@ cdef inline void finish_terms(const fn_task* t, int64_t set_, int64_t n,
         w.row_shift[c] = <work> (rstd * (rstd * m2 * lo - m1))
 
 
-cdef inline void sum_strip(const plan* p, int64_t at, int64_t set_, int64_t n, int64_t row,
-                           int64_t stop, double* dweight, strip* w) noexcept nogil:
+cdef void sum_strip(const plan* p, int64_t at, int64_t set_, int64_t n, int64_t row, int64_t stop,
+                    double* dweight, strip* w) noexcept nogil:
     """The sums of the rows [row, stop), and their terms of dweight and dbias."""
     cdef const fn_task* t = p.task
     cdef stored kept[PLACES]
     cdef stored kept_dy[PLACES]
     cdef const work* weight = <const work*> t.weight
-    cdef const stored* x = <const stored*> t.x + at
-    cdef const stored* dy = <const stored*> t.dy + at
+    cdef const stored* x
+    cdef const stored* dy
     cdef int64_t count
     start_sets(t, set_, n, w)
     if t.upstream != NULL:
         map_fused_unit(t, at, n, row, stop, w)
     clear(w, n)
     while row < stop:
+        count = STEP if t.mask == NULL and row + STEP <= stop else 1
+        x = <const stored*> t.x + at + row * t.s
+        dy = <const stored*> t.dy + at + row * t.s
         if t.mask != NULL:
-            count = 1
-            keep_valid(x + row * t.s, t.mask + set_, n, 0, kept)
-            keep_valid(dy + row * t.s, t.mask + set_, n, 0, kept_dy)
-            sum_rows_back(kept, kept_dy, 0, n, w, weight + row, dweight + row,
-                          dweight + t.k + row, 1)
-        elif row + STEP <= stop:
-            count = STEP
-            sum_rows_back(x + row * t.s, dy + row * t.s, t.s, n, w, weight + row,
-                          dweight + row, dweight + t.k + row, STEP)
+            keep_valid(x, t.mask + set_, n, 0, kept)
+            keep_valid(dy, t.mask + set_, n, 0, kept_dy)
+            x, dy = kept, kept_dy
+        if count == STEP:
+            sum_rows_back(x, dy, t.s, n, w, weight + row, dweight + row, dweight + t.k + row, STEP)
         else:
-            count = 1
-            sum_rows_back(x + row * t.s, dy + row * t.s, t.s, n, w, weight + row,
-                          dweight + row, dweight + t.k + row, 1)
+            sum_rows_back(x, dy, t.s, n, w, weight + row, dweight + row, dweight + t.k + row, 1)
         row += count
         if row % RUN == 0 or row == stop:
             flush(w, n)
 
 
-cdef inline void map_strip(const plan* p, int64_t at, int64_t set_, int64_t n, int64_t row,
-                           int64_t stop, strip* w, int64_t ahead) noexcept nogil:
+cdef void map_strip(const plan* p, int64_t at, int64_t set_, int64_t n, int64_t row, int64_t stop,
+                    strip* w, int64_t ahead) noexcept nogil:
     cdef const fn_task* t = p.task
     cdef coefficients c = affine_map(OF_PLACES, w.hi, w.row_scale, w.row_shift)
     c.dscale = w.scale

@@ -5,7 +5,6 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from fastnorm.kernels.across cimport *
-from fastnorm.kernels.down cimport *
 from fastnorm.kernels.words cimport *
 
 
@@ -58,8 +57,8 @@ cdef void exact_set(const fn_task* t, const stored* x, double about, double* mea
         var[0] = (q - s * s / count) / count
 
 
-cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, int64_t n,
-                             strip* w) noexcept nogil:
+cdef void finish_sets(const fn_task* t, const stored* x, int64_t set_, int64_t n,
+                      strip* w) noexcept nogil:
     """Statistics out, and into w the coefficients of y = (x - hi)*scale + shift.
 
     Whole loops over arrays, so that the divisions and roots are vectors'."""
@@ -110,27 +109,23 @@ cdef inline void finish_sets(const fn_task* t, const stored* x, int64_t set_, in
         w.shift[c] = <work> (-(mean[c] - <double> w.hi[c]) * var[c])
 
 
-cdef inline void sum_strip(const fn_task* t, int64_t at, int64_t n, int64_t row, int64_t stop,
-                           strip* w) noexcept nogil:
+cdef void sum_strip(const fn_task* t, int64_t at, int64_t n, int64_t row, int64_t stop,
+                    strip* w) noexcept nogil:
     """The sums of the rows [row, stop), about a value near each set's mean."""
     cdef const stored* x = <const stored*> t.x + at
     cdef coefficients c = affine_map(OF_PLACES, w.hi, NULL, NULL)
-    cdef int64_t step = rows_at_once(n), count, since = 0
+    cdef int64_t step = rows_at_once(n), count
     sample_sets(t, x, n, w)
     clear(w, n)
     while row < stop:
-        count = minimum(step, stop - row)
-        sum_rows(x + row * t.s, NULL, count, t.s, n, &c, w.s, w.q,
-                 count * t.s if step == STEP else 0)
+        count = minimum(RUN, stop - row)
+        sum_rows(x + row * t.s, NULL, count, t.s, n, &c, w.s, w.q, step, step == STEP)
+        flush(w, n)
         row += count
-        since += count
-        if since >= RUN or row == stop:
-            flush(w, n)
-            since = 0
 
 
-cdef inline void map_strip(const plan* p, int64_t at, int64_t n, int64_t row, int64_t stop,
-                           strip* w, int64_t ahead) noexcept nogil:
+cdef void map_strip(const plan* p, int64_t at, int64_t n, int64_t row, int64_t stop, strip* w,
+                    int64_t ahead) noexcept nogil:
     cdef coefficients c = affine_map(OF_PLACES, w.hi, w.scale, w.shift)
     if p.task.fused:
         map_fused_unit(p.task, at, n, row, stop, w)

@@ -2,7 +2,6 @@
 
 from libc.string cimport memcpy, memset
 
-from fastnorm.kernels.down cimport *
 from fastnorm.kernels.runs cimport *
 from fastnorm.kernels.words cimport *
 
@@ -166,12 +165,12 @@ cdef void sum_gaps(const plan* p, int64_t b, int64_t row, int64_t copies, const 
             memcpy(kept + c * p.channels, <const stored*> t.x + at + c * p.channels, bytes)
             if t.dy != NULL:
                 memcpy(kept_dy + c * p.channels, <const stored*> t.dy + at + c * p.channels, bytes)
-    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, m, s, q, 0)
+    sum_rows(kept, NULL if t.dy == NULL else kept_dy, 1, 0, n, m, s, q, 1, False)
 
 
 cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
                    int64_t c1) noexcept nogil:
-    """The columns [c0, c1), a few rows at a time: memory is read in order, and the sums of the
+    """The columns [c0, c1), p.step rows at a time: memory is read in order, and the sums of the
     other columns wait in the first-level cache."""
     cdef const fn_task* t = p.task
     cdef int64_t row = tile * p.tile_rows, stop = minimum(p.rows, row + p.tile_rows), count, whole
@@ -187,14 +186,16 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
     memset(s, 0, n * sizeof(work))
     memset(q, 0, n * sizeof(work))
     while row < stop:
-        count = minimum(minimum(p.step, stop - row), RUN - since)
+        count = minimum(RUN - since, stop - row)
+        if t.upstream != NULL:  # what map_fused has found is summed while it is in cache
+            count = minimum(count, p.step)
         whole = valid_rows(t, b * t.o + row * p.copies, count * p.copies) // p.copies
         count = maximum(1, whole)
         if t.upstream != NULL:
             map_fused_rows(p, b, row, count, c0, n)
         if whole > 0:
             sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, n, &m, s, q,
-                     count * p.width if t.far and p.step < RUN else 0)
+                     p.step, t.far and p.step < RUN)
         elif p.copies > 1:
             sum_gaps(p, b, row, p.copies, &m, s, q)
         row += count
@@ -210,7 +211,8 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
         if t.upstream != NULL:
             map_fused_rows(p, b, stop, 1, 0, p.rest)
         if t.mask == NULL:
-            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, &m, s, q, 0)
+            sum_rows(x + stop * p.width, past(dy, stop * p.width), 1, 0, p.rest, &m, s, q, 1,
+                     False)
         else:
             sum_gaps(p, b, stop, p.rest // p.channels, &m, s, q)
         flush_columns(p.rest, s, total)

@@ -1,7 +1,7 @@
 """The rows loop order backward where i == 1 and o == 1: rows with a weight for each place, as layer
 and RMS norm have them; see rows.pxd."""
 
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from fastnorm.kernels.joint cimport *
 from fastnorm.kernels.rows cimport *
@@ -89,9 +89,9 @@ cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint
         y += s.stride
     for v in range(vectors):
         at = first + v * WIDTH
-        memcpy(s.sum_w + at, &a[v], sizeof(vec))
+        store_work(s.sum_w + at, a[v])
         if s.sum_b != NULL:
-            memcpy(s.sum_b + at, &b[v], sizeof(vec))
+            store_work(s.sum_b + at, b[v])
 
 
 cdef inline void backward_rows(const strip* of_rows, bint streaming, int64_t ahead) noexcept nogil:

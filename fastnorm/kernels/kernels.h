@@ -22,6 +22,8 @@
 #define across_forward FN_PASTE(across_forward, FN_DTYPE, FN_LEVEL)
 #define across_backward FN_PASTE(across_backward, FN_DTYPE, FN_LEVEL)
 #define across_scratch FN_PASTE(across_scratch, FN_DTYPE, FN_LEVEL)
+#define sum_rows FN_PASTE(sum_rows, FN_DTYPE, FN_LEVEL)
+#define map_rows_of_places FN_PASTE(map_rows_of_places, FN_DTYPE, FN_LEVEL)
 #define put_ends FN_PASTE(put_ends, FN_DTYPE, FN_LEVEL)
 #define map_end FN_PASTE(map_end, FN_DTYPE, FN_LEVEL)
 #define map_fused FN_PASTE(map_fused, FN_DTYPE, FN_LEVEL)
@@ -57,6 +59,12 @@ typedef struct {
 void put_ends(edge *ends, stored *y, int64_t n, const vec *v);
 void map_end(const stored *x, const stored *dy, stored *y, int64_t first, int64_t stop,
              const coefficients *c, edge *ends);
+
+/* down.pyx */
+void sum_rows(const stored *x, const stored *dy, int64_t rows, int64_t stride, int64_t width,
+              const coefficients *c, work *s, work *q, int64_t step, int asking);
+void map_rows_of_places(const stored *x, const stored *dy, stored *y, int64_t rows, int64_t stride,
+                        int64_t n, const coefficients *c, int stream, int64_t ahead, edge *ends);
 
 /* fused.pyx */
 void map_fused(const fn_task *task, int64_t at, int64_t n, int64_t rows, int64_t stride,

@@ -53,19 +53,18 @@ cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t til
     at = set_start(p.task, set_) + k * p.task.i + r0 * p.stride + p0
     if p.task.upstream != NULL:
         deactivate_channel(p, set_, k, at, r1 - r0, p1 - p0)
-    if p.task.gated:
+    if masked:
+        for r in range(r1 - r0):
+            sum_valid(p.task, at + r * p.stride, p1 - p0, hi, sums)
+    elif p.task.gated:
         z = gate_of(p.task, set_, set_ % p.task.g * p.task.k + k)
         gate[0] = splat(z.scale)
         gate[1] = splat(z.shift)
         sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
                  p.stride, p1 - p0, hi, gate, sums)
-        return
-    if not masked:
+    else:
         sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
                  p.stride, p1 - p0, hi, NULL, sums)
-        return
-    for r in range(r1 - r0):
-        sum_valid(p.task, at + r * p.stride, p1 - p0, hi, sums)
 
 
 cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t channel,
@@ -177,7 +176,7 @@ cdef inline void differentiate_block(const plan* p, int64_t index, bint masked) 
                 fetch_group(p, t.residual, set_, stop - set_)
             for s in range(set_, stop):
                 start_terms(t, s, &c[s - set_])
-            if brief(p):
+            if not masked and brief(p):
                 sum_brief(p, set_, stop - set_, c, dweight, dweight + t.g * t.k, over_sets)
             else:
                 sum_sets(p, set_, stop - set_, c, dweight, dweight + t.g * t.k, over_sets, masked)

@@ -9,9 +9,8 @@ together, and the map of each.
 
 from libc.math cimport sqrt
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
-from fastnorm.kernels.down cimport *
 from fastnorm.kernels.rows cimport *
 from fastnorm.kernels.rows_backward cimport *
 from fastnorm.kernels.rows_forward cimport *
@@ -42,7 +41,7 @@ cdef inline void fill(work* a, int64_t n, work value) noexcept nogil:
     cdef vec v = splat(value)
     cdef int64_t at = 0
     while at < n:
-        memcpy(a + at, &v, sizeof(vec))
+        store_work(a + at, v)
         at += WIDTH
 
 
@@ -50,17 +49,15 @@ cdef inline void sum_slabs(const plan* p, const stored* x, const stored* dy, int
                            int64_t end, int64_t sets, slab* w, double* sums) noexcept nogil:
     """sums[set] = as in sum_runs, about w.hi, of the samples [row, end)."""
     cdef coefficients c = slab_map(p.task, w)
-    cdef int64_t stop, count, s
+    cdef int64_t count, s
     memset(sums, 0, 2 * sets * sizeof(double))
     while row < end:
         memset(w.s, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
         memset(w.q, 0, (sets * p.n + MOST_WIDTH) * sizeof(work))
-        stop = minimum(end, row + RUN)
-        while row < stop:
-            count = minimum(STEP, stop - row)
-            sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n, &c,
-                     w.s, w.q, count * p.stride if p.task.far else 0)
-            row += count
+        count = minimum(RUN, end - row)
+        sum_rows(x + row * p.stride, past(dy, row * p.stride), count, p.stride, sets * p.n, &c,
+                 w.s, w.q, STEP, p.task.far)
+        row += count
         for s in range(sets):
             sums[2 * s] += sum_work(w.s + s * p.n, p.n)
             sums[2 * s + 1] += sum_work(w.q + s * p.n, p.n)

@@ -106,6 +106,9 @@ static inline vec load_work(const work *x)
     return v;
 }
 
+/* Of a vector by its value: where its address is copied from, arrays of them lie in memory. */
+static inline void store_work(work *y, vec v) { memcpy(y, &v, sizeof v); }
+
 /* a + b, on the units that multiply: a*1 + b is rounded once, to the same bits. Sums are bound by
  * additions, and there are processors whose adders would leave the multipliers idle. */
 static inline vec plus(vec a, vec b)
@@ -263,7 +266,7 @@ static inline work widen(stored v) { return v; }
 static inline work narrow(work v) { return v; }
 static inline work on_grid(work value) { return value; }
 static inline vec load(const stored *x) { return load_work((const work *)x); }
-static inline void store(stored *y, vec v) { memcpy(y, &v, sizeof v); }
+static inline void store(stored *y, vec v) { store_work((work *)y, v); }
 
 static inline vec load_part(const stored *x, int64_t n, work fill)
 {

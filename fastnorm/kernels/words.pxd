@@ -1,6 +1,6 @@
 """Inlined words of the kernels: those of words.h, of masks, of stores, and from sums to statistics.
 
-A vec is one register of the working type. The loops are in runs.pxd and down.pxd.
+A vec is one register of the working type. The loops are in runs.pxd and down.pyx.
 """
 
 from libc.math cimport INFINITY, fabs, sqrt
@@ -33,6 +33,7 @@ cdef extern from "words.h" nogil:
     vec through_relu(vec z, vec dy)
     vec load(const stored* x)
     vec load_work(const work* x)
+    void store_work(work* y, vec v)
     vec load_part(const stored* x, int64_t n, work fill)
     vec load_work_part(const work* x, int64_t n, work fill)
     void store(stored* y, vec v)
@@ -115,6 +116,13 @@ cdef extern from "kernels.h" nogil:
     void put_ends(edge* ends, stored* y, int64_t n, const vec* v)
     void map_end(const stored* x, const stored* dy, stored* y, int64_t first, int64_t stop,
                  const coefficients* c, edge* ends)
+
+    # Of down.pyx.
+    void sum_rows(const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
+                  const coefficients* c, work* s, work* q, int64_t step, bint asking)
+    void map_rows_of_places(const stored* x, const stored* dy, stored* y, int64_t rows,
+                            int64_t stride, int64_t n, const coefficients* c, int stream,
+                            int64_t ahead, edge* ends)
 
     # Of fused.pyx.
     void map_fused(const fn_task* task, int64_t at, int64_t n, int64_t rows, int64_t stride,

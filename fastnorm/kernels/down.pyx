@@ -1,10 +1,17 @@
-"""Inlined words of the kernels: sums down columns, and rows mapped with coefficients for each."""
+"""Rows of places that have coefficients of their own: sums down their columns, and their map.
+
+Functions, not inlined words: a call of one has several rows, and the loops for each kind of sum and
+of map are once in the library.
+"""
 
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy
 
 from fastnorm.kernels.runs cimport map_places
-from fastnorm.kernels.words cimport *
+from fastnorm.kernels.words cimport (
+    CHUNK, EXACT, OF_PLACES, STEP, WIDTH, affine_map, all_zero, coefficients, edge, fetch, load,
+    load_part, load_work, minimum, past, plus, plus_product, store_work, stored, through_relu,
+    vec, work, zeros,
+)
 
 
 cdef inline void sum_down(
@@ -70,8 +77,8 @@ cdef inline void sum_columns(
         sum_down(x, dy, rows, stride, last, about, gate, gates + CHUNK, sum_s, sum_q, ahead,
                  vectors)
     for v in range(vectors):
-        memcpy(s + at + v * WIDTH, &sum_s[v], sizeof(vec))
-        memcpy(q + at + v * WIDTH, &sum_q[v], sizeof(vec))
+        store_work(s + at + v * WIDTH, sum_s[v])
+        store_work(q + at + v * WIDTH, sum_q[v])
 
 
 cdef inline void sum_all_columns(
@@ -92,19 +99,40 @@ cdef inline void sum_all_columns(
         sum_columns(x, dy, rows, stride, at, width - at, c, s, q, ahead, 1)
 
 
-cdef inline void sum_rows(
+cdef inline void sum_steps(
     const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
-    const coefficients* c, work* s, work* q, int64_t ahead
+    const coefficients* c, work* s, work* q, int64_t step, bint asking
 ) noexcept nogil:
-    """sum_columns over all columns. s, q and the coefficients have room for whole vectors."""
+    cdef int64_t count
+    # Unrolled: 0.9 of the time in cache.
+    while step == STEP and rows >= STEP:
+        sum_all_columns(x, dy, STEP, stride, width, c, s, q, STEP * stride if asking else 0)
+        x += STEP * stride
+        dy = past(dy, STEP * stride)
+        rows -= STEP
+    while rows > 0:
+        count = minimum(step, rows)
+        sum_all_columns(x, dy, count, stride, width, c, s, q, count * stride if asking else 0)
+        x += count * stride
+        dy = past(dy, count * stride)
+        rows -= count
+
+
+cdef public void sum_rows(
+    const stored* x, const stored* dy, int64_t rows, int64_t stride, int64_t width,
+    const coefficients* c, work* s, work* q, int64_t step, bint asking
+) noexcept nogil:
+    """sum_columns over all columns, of `step` rows before the next ones, for which it is `asking`
+    meanwhile. s, q and the coefficients have room for whole vectors. (A call for each step: 1.05 to
+    1.15 of the time of narrow ones in cache.)"""
     cdef coefficients own = affine_map(OF_PLACES, c.hi, NULL, NULL)
     if dy == NULL:
-        sum_all_columns(x, NULL, rows, stride, width, &own, s, q, ahead)
+        sum_steps(x, NULL, rows, stride, width, &own, s, q, step, asking)
     elif c.gate_scale == NULL:
-        sum_all_columns(x, dy, rows, stride, width, &own, s, q, ahead)
+        sum_steps(x, dy, rows, stride, width, &own, s, q, step, asking)
     else:
         own.gate_scale, own.gate_shift = c.gate_scale, c.gate_shift
-        sum_all_columns(x, dy, rows, stride, width, &own, s, q, ahead)
+        sum_steps(x, dy, rows, stride, width, &own, s, q, step, asking)
 
 
 cdef inline void map_each(
@@ -141,7 +169,7 @@ cdef inline void map_rows_about(
         map_each(x, dy, y, rows, stride, n, &own, stream, 0, ends)
 
 
-cdef inline void map_rows_of_places(
+cdef public void map_rows_of_places(
     const stored* x, const stored* dy, stored* y, int64_t rows, int64_t stride, int64_t n,
     const coefficients* c, int stream, int64_t ahead, edge* ends
 ) noexcept nogil:
