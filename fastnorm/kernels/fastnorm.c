@@ -234,19 +234,6 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
     task->counts = counts;
 }
 
-/* Whether a last level that is no nearer than memory takes y as fast as memory does, and still holds
- * what the next call reads: where a forward reads x once and moves 1.5 to 6 times what is counted on.
- * (0.87 to 1.0 of the time streamed; below, and from 7 times on, 1.05 to 1.5; where x is read twice,
- * as what may be sheets of slabs.pyx, or an activation waits for it, 1.0 to 1.13.) */
-static int fits_distant_level(const fn_task *task, size_t size, size_t traffic)
-{
-    const size_t counted = (size_t)fn_last_level_bytes();
-    const int64_t set = task->o * task->k * task->i * (int64_t)size;
-    const int in_cache = task->s == 1 && set <= task->l2 && (task->o == 1 || task->i >= 256);
-    return task->near == task->l2 && (task->given || in_cache) && !task->dy && !task->fused &&
-           traffic >= counted + counted / 2 && traffic <= 6 * counted;
-}
-
 /* Of FN_STREAM_ALL runs of y, how many are streamed past the caches.
  *
  * None while all arrays fill half of the last-level cache, which does not keep the oldest lines alone
@@ -258,10 +245,10 @@ static int fits_distant_level(const fn_task *task, size_t size, size_t traffic)
  * others, so that memory is written while those are mapped: 0.8 to 1.0 of the time of streaming all.
  * (A backward took 0.93 to 1.13 times as long so, Numba's kernels 0.85 to 1.25, and calls for which
  * only the second level is nearer than memory 0.8 to 1.25, 1.06 in the mean.) */
-static int runs_to_stream(const fn_task *task, size_t size, size_t traffic, size_t written)
+static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
 {
     const size_t half = (size_t)fn_last_level_bytes() / 2, others = traffic - written;
-    if (traffic <= half || fits_distant_level(task, size, traffic)) return 0;
+    if (traffic <= half) return 0;
     if (task->dy || others >= half || task->near == task->l2) return FN_STREAM_ALL;
     return FN_STREAM_ALL - (int)(FN_STREAM_ALL * (half - others) / written);
 }
@@ -282,7 +269,7 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
     if (traffic < SERIAL_BYTES) task->threads = 1;
     task->near = fn_near_bytes(task->threads);
-    task->stream = HAS_STREAMING_STORES && apart ? runs_to_stream(task, size, traffic, bytes) : 0;
+    task->stream = HAS_STREAMING_STORES && apart ? runs_to_stream(task, traffic, bytes) : 0;
     task->foreseen = fn_foresees();
     task->far = bytes * (task->dy ? 2 : 1) > (size_t)fn_last_level_bytes() / 4;
     task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;
