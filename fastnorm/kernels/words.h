@@ -106,7 +106,8 @@ static inline vec load_work(const work *x)
     return v;
 }
 
-/* Of a vector by its value: where its address is copied from, arrays of them lie in memory. */
+/* A vector by its value: copied from its address, it keeps an array of them in memory (with 16
+ * registers backwards down columns took 1.05 to 1.1 times as long). */
 static inline void store_work(work *y, vec v) { memcpy(y, &v, sizeof v); }
 
 /* a + b, on the units that multiply: a*1 + b is rounded once, to the same bits. Sums are bound by
