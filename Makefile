@@ -1,4 +1,4 @@
-.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate fuzz big soak test-cuda demo lint check clean bench bench-gpu least measure tables cost warmup
+.PHONY: help install build test test-c install-c dist-c manual wheel sanitize tsan valgrind emulate clang fuzz big soak test-cuda demo lint check clean bench bench-gpu least measure tables cost warmup
 PYTHON ?= python
 PREFIX ?= /usr/local
 RESULTS ?= benchmarks/results/epyc-zen4
@@ -73,6 +73,9 @@ valgrind:  ## run the C tests under valgrind
 
 emulate:  ## run the C tests on AArch64 under QEMU (tests/emulate.sh names the packages)
 	tests/emulate.sh aarch64
+
+clang:  ## run the C tests on what clang makes of the library; compile it for a Mac
+	$(PYTHON) -m pip install ziglang && tests/clang.sh here && tests/clang.sh macos
 
 fuzz:  ## 10 minutes of libFuzzer on the C library (clang brings it), then as long of random Python calls
 	tests/fuzz.sh 600

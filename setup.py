@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -103,12 +104,13 @@ def public_names():
     return re.findall(r"fastnorm_\w+", (KERNELS / "libfastnorm.map").read_text())
 
 
-def sonames():
-    """(the library's file, its soname). Until 1.0 a minor version may break what an older program
-    relies on."""
+def sonames(macos=False):
+    """(the library's file, its soname, the name that programs are linked by). Until 1.0 a minor
+    version may break what an older program relies on."""
     major, minor, _ = version().split(".")
-    soname = f"libfastnorm.so.{major}" if major != "0" else f"libfastnorm.so.0.{minor}"
-    return f"libfastnorm.so.{version()}", soname
+    kept = major if major != "0" else f"0.{minor}"
+    name = "libfastnorm.{}.dylib" if macos else "libfastnorm.so.{}"
+    return name.format(version()), name.format(kept), name.replace(".{}", "")
 
 
 class Library:
@@ -120,12 +122,12 @@ class Library:
         self.compiler = shlex.split(
             os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
         )
-        self.x86_64 = (
-            os.environ.get("FASTNORM_LEVELS") != "0"
-            and self._answer("-dumpmachine").startswith("x86_64")
-        )
+        target = self._answer("-dumpmachine")
+        self.macos = "darwin" in target or "macos" in target
+        self.x86_64 = os.environ.get("FASTNORM_LEVELS") != "0" and target.startswith("x86_64")
         self.openmp = ["-fopenmp"] if self._has_openmp() else []
-        self.private = "-lm -lpthread" + (" -lgomp" if self.openmp else "")
+        runtime = " -lomp" if "clang" in self._answer("--version") else " -lgomp"
+        self.private = "-lm -lpthread" + (runtime if self.openmp else "")
         self.objects = []
 
     def write_kernels(self, folder):
@@ -160,23 +162,30 @@ class Library:
             list(pool.map(call, commands))
 
     def link_shared(self, path, soname):
-        script = ROOT / KERNELS / "libfastnorm.map"
-        link = ["-Wl,-z,defs", f"-Wl,--version-script={script}"]
-        link += [f"-Wl,-soname,{soname}", "-lm", "-lpthread"]
         extra = shlex.split(os.environ.get("FASTNORM_CFLAGS", ""))
-        if "-fsanitize" in " ".join(extra):
-            link.remove("-Wl,-z,defs")  # the sanitizers' own names come with the program
+        if self.macos:
+            link = [f"-Wl,-install_name,@rpath/{soname}"]
+        else:
+            script = ROOT / KERNELS / "libfastnorm.map"
+            link = [f"-Wl,--version-script={script}", f"-Wl,-soname,{soname}"]
+            if "-fsanitize" not in " ".join(extra):  # whose own names come with the program
+                link.append("-Wl,-z,defs")
+        link += ["-lm", "-lpthread"]
         call([
             *self.compiler, "-shared", "-o", path, *self.objects, *self.openmp, *extra, *link
         ])
 
     def link_static(self, path):
-        """One object, of which only the public names are global."""
+        """One object, of which only the public names are global. (macOS has no objcopy: there all
+        objects, whose other names are hidden from shared libraries alone.)"""
+        path.unlink(missing_ok=True)
+        if self.macos:
+            call(["ar", "rcs", path, *self.objects])
+            return
         whole = self.temporary / "libfastnorm.o"
         call([*self.compiler, "-r", "-nostdlib", "-o", whole, *self.objects])
         keep = [f"--keep-global-symbol={name}" for name in public_names()]
         call([self._answer("-print-prog-name=objcopy"), "--strip-unneeded", *keep, whole])
-        path.unlink(missing_ok=True)
         call([self._answer("-print-prog-name=ar"), "rcs", path, whole])
 
     def describe(self, folder, include, soname, rpath):
@@ -184,6 +193,7 @@ class Library:
         major = version().partition(".")[0]
         values = {
             "VERSION": version(), "MAJOR": major, "SONAME": soname, "PRIVATE": self.private,
+            "LINKED": sonames(self.macos)[2],
             "RPATH": " -Wl,-rpath,${libdir}" if rpath else "",
         }
         for name, place, start in (
@@ -228,16 +238,18 @@ class BuildWithLibrary(build_ext):
         try:
             library = Library(self.build_temp)
             library.compile()
-            library.link_shared(folder / "libfastnorm.so", "libfastnorm.so")
+            name = sonames(library.macos)[2]
+            library.link_shared(folder / name, name)
             include = "../../include" if self.inplace else "../include"
-            library.describe(folder, include, "libfastnorm.so", rpath=True)
+            library.describe(folder, include, name, rpath=True)
             for extension in self.extensions:
                 extension.library_dirs.append(str(folder))
             super().run()
         except (BaseError, CCompilerError, OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("FASTNORM_NATIVE") == "require":
                 raise
-            (folder / "libfastnorm.so").unlink(missing_ok=True)
+            for library in folder.glob("libfastnorm.*"):
+                library.unlink()
             reason = str(error).splitlines()[0][:300]
             (folder / "not-built.txt").write_text(reason + "\n")
             print(f"fastnorm: installed without its native library, which was not built: {reason}")
@@ -266,9 +278,9 @@ class InstallC(Command):
             place.mkdir(parents=True, exist_ok=True)
         library = Library(self.build_temp)
         library.compile()
-        full, soname = sonames()
+        full, soname, linked = sonames(library.macos)
         library.link_shared(folder / full, soname)
-        for link, target in ((soname, full), ("libfastnorm.so", soname)):
+        for link, target in ((soname, full), (linked, soname)):
             (folder / link).unlink(missing_ok=True)
             (folder / link).symlink_to(target)
         library.link_static(folder / "libfastnorm.a")
@@ -304,7 +316,7 @@ class DistC(Command):
         shutil.copy(HEADER, folder / "include")
         shutil.copy("LICENSE", folder)
         (folder / "objects/.keep").touch()
-        full, soname = sonames()
+        full, soname, _ = sonames()
         library.describe(folder, "../include", soname, rpath=False)
         for file in (*folder.glob("pkgconfig/*"), *folder.glob("cmake/fastnorm/*")):
             file.rename(folder / file.name)
@@ -333,30 +345,32 @@ class DistC(Command):
         return "\n".join([f"OBJECTS = {' '.join(objects)}", *rules])
 
 
+BESIDE = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"  # the extension's own folder
+modules = cythonize(
+    [
+        Extension(
+            "fastnorm.backends.native",
+            ["fastnorm/backends/native.pyx"],
+            include_dirs=["include", numpy.get_include()],
+            libraries=["fastnorm"],
+            runtime_library_dirs=[f"{BESIDE}/../lib"],
+            define_macros=NUMPY_API,
+        ),
+        Extension(
+            "fastnorm.bench._floor",
+            ["fastnorm/bench/_floor.pyx", "fastnorm/bench/floor.c"],
+            include_dirs=["fastnorm/bench", numpy.get_include()],
+            extra_compile_args=["-O3", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            define_macros=NUMPY_API,
+        ),
+    ],
+    build_dir="build/cython",
+    language_level=3,
+)
+modules[1].optional = True  # where there is no OpenMP; cythonize drops the argument of that name
 setup(
     version=version(),
     cmdclass={"build_ext": BuildWithLibrary, "install_c": InstallC, "dist_c": DistC},
-    ext_modules=cythonize(
-        [
-            Extension(
-                "fastnorm.backends.native",
-                ["fastnorm/backends/native.pyx"],
-                include_dirs=["include", numpy.get_include()],
-                libraries=["fastnorm"],
-                runtime_library_dirs=["$ORIGIN/../lib"],
-                define_macros=NUMPY_API,
-            ),
-            Extension(
-                "fastnorm.bench._floor",
-                ["fastnorm/bench/_floor.pyx", "fastnorm/bench/floor.c"],
-                include_dirs=["fastnorm/bench", numpy.get_include()],
-                extra_compile_args=["-O3", "-fopenmp"],
-                extra_link_args=["-fopenmp"],
-                define_macros=NUMPY_API,
-                optional=True,
-            ),
-        ],
-        build_dir="build/cython",
-        language_level=3,
-    ),
+    ext_modules=modules,
 )

@@ -1,5 +1,6 @@
 """Where the header and the library of this installation are."""
 
+import sys
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -17,7 +18,7 @@ def get_library():
 
     Raises FileNotFoundError where this installation has none.
     """
-    library = _PACKAGE / "lib" / "libfastnorm.so"
+    library = _PACKAGE / "lib" / f"libfastnorm.{'dylib' if sys.platform == 'darwin' else 'so'}"
     if not library.exists():
         raise FileNotFoundError(f"this installation of fastnorm has no C library at {library}")
     return str(library)

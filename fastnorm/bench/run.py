@@ -9,6 +9,7 @@ faults of fresh outputs.
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import platform
 import statistics
@@ -125,6 +126,8 @@ def run(quick=False, threads=2, names=None, only="", seconds=None, dtype="float3
     from rich.console import Console
     from rich.progress import Progress
 
+    if importlib.util.find_spec("fastnorm.bench._floor") is None:
+        raise ValueError("bench: the memory floor was not built, which takes OpenMP")
     keep_freed_memory()
     who = contenders.available(names, quick)
     chosen = [cell for cell in table.cells(quick) if only in str(cell)]

@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #elif !defined(_WIN32)
 #include <unistd.h>
 #endif
@@ -69,6 +71,20 @@ static int64_t cache_bytes(unsigned level)
             return ((int64_t)(b >> 22) + 1) * ((b >> 12 & 1023) + 1) * ((b & 4095) + 1) *
                    ((int64_t)c + 1);
     return 0;
+}
+#elif defined(__APPLE__)
+static int64_t told(const char *name)
+{
+    int64_t value = 0; /* some are of 32 bits */
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 ? value : 0;
+}
+
+/* The fast cores share a second level, which is the last that the system tells of. */
+static int64_t cache_bytes(unsigned level)
+{
+    const int64_t cores = told("hw.perflevel0.cpusperl2");
+    return told("hw.perflevel0.l2cachesize") / (level == 2 && cores > 0 ? cores : 1);
 }
 #else
 static int64_t cache_bytes(unsigned level)

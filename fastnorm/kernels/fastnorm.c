@@ -15,9 +15,6 @@
         if (try_status != FASTNORM_OK) return try_status; \
     } while (0)
 
-/* Below this traffic a parallel region costs more than it saves. */
-enum { SERIAL_BYTES = 192 << 10 };
-
 /* Elsewhere `stream` of words.h is a plain store. */
 #if defined(__SSE2__)
 enum { HAS_STREAMING_STORES = 1 };
@@ -268,8 +265,10 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     size_t traffic = bytes * arrays;
     int apart = task->y != task->x && task->y != task->dy && task->y != task->residual &&
                 task->y != task->dsum && task->y != task->terms[0] && task->y != task->terms[1];
+    task->parallel_for = options->parallel_for;
+    task->user = options->parallel_for_user;
     task->threads = options->num_threads ? options->num_threads : fn_available_threads();
-    if (traffic < SERIAL_BYTES) task->threads = 1;
+    if (traffic < fn_serial_bytes(task)) task->threads = 1;
     task->near = fn_near_bytes(task->threads);
     task->stream = HAS_STREAMING_STORES && apart ? runs_to_stream(task, traffic, bytes) : 0;
     task->foreseen = fn_foresees();
@@ -277,8 +276,6 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;
     task->ahead = task->stream && bytes * (arrays - 1) <= (size_t)fn_last_level_bytes()
                       ? AHEAD / (int)size : 0;
-    task->parallel_for = options->parallel_for;
-    task->user = options->parallel_for_user;
 }
 
 /* ---- forward ----------------------------------------------------------------------------- */

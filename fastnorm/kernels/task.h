@@ -72,6 +72,7 @@ typedef struct fn_kernels {
 typedef void (*fn_body)(void *context, int64_t index);
 void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context, int backwards);
 int fn_available_threads(void);
+size_t fn_serial_bytes(const fn_task *task); /* moved by a call: below, one thread does it all */
 
 /* parameters.c: arrays of any element type of fastnorm.h */
 size_t fn_size_of(int32_t dtype);        /* of an element; 0 of none */
