@@ -199,7 +199,7 @@ def group_norm(
 @overload
 def layer_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     bias: Array | None = ...,
     eps: float = ...,
@@ -219,7 +219,7 @@ def layer_norm(
 @overload
 def layer_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     bias: Array | None = ...,
     eps: float = ...,
@@ -240,7 +240,7 @@ def layer_norm(
 @overload
 def layer_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     bias: Array | None = ...,
     eps: float = ...,
@@ -260,7 +260,7 @@ def layer_norm(
 @overload
 def layer_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     bias: Array | None = ...,
     eps: float = ...,
@@ -281,7 +281,7 @@ def layer_norm(
 @overload
 def rms_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     eps: float | None = ...,
     *,
@@ -300,7 +300,7 @@ def rms_norm(
 @overload
 def rms_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     eps: float | None = ...,
     *,
@@ -320,7 +320,7 @@ def rms_norm(
 @overload
 def rms_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     eps: float | None = ...,
     *,
@@ -339,7 +339,7 @@ def rms_norm(
 @overload
 def rms_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     eps: float | None = ...,
     *,
@@ -483,7 +483,7 @@ def layer_norm_backward(
     dy: Array,
     x: Array,
     stats: Statistics,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     *,
     out: Array | None = ...,
@@ -502,7 +502,7 @@ def rms_norm_backward(
     dy: Array,
     x: Array,
     stats: Statistics,
-    normalized_shape: int | Sequence[int],
+    normalized_shape: int | Sequence[int] | None = ...,
     weight: Array | None = ...,
     *,
     out: Array | None = ...,

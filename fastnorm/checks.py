@@ -50,6 +50,11 @@ def check_input(name, x, what="x", least=1, like=None, on_gpu=True):
                 f"{name}: {what} is a {type(given).__name__}, expected a numpy.ndarray;"
                 f" did you mean numpy.asarray({what})?"
             )
+    if np.ma.is_masked(given):
+        raise TypeError(
+            f"{name}: {what} is a MaskedArray, whose masked values would count; did you mean"
+            f" {what}.filled(...) with mask= for the places that count?"
+        )
     known, names, _ = _sort(x)
     if like is not None and isinstance(x, DeviceArray) != isinstance(like, DeviceArray):
         raise TypeError(

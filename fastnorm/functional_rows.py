@@ -14,6 +14,14 @@ def _normalized_shape(name, x, normalized_shape, axis):
     """(shape, statistics' shape, channel_order, shape_of) of the axes that are normalized."""
     if axis is None and type(normalized_shape) is int and x.shape[-1:] == (normalized_shape,):
         return (normalized_shape,), x.shape[:-1], None, _last_axis
+    if normalized_shape is None:
+        if axis is None:
+            raise TypeError(
+                f"{name}: normalized_shape and axis are None, expected one of them; did you mean"
+                " axis=-1?"
+            )
+        axes = check_ints(name, "axis", axis)
+        normalized_shape = [x.shape[a] for a in axes if -x.ndim <= a < x.ndim]
     shape = check_ints(name, "normalized_shape", normalized_shape)
     start = x.ndim - len(shape) if axis is None else _first_axis(name, x, axis, len(shape))
     stop = start + len(shape)
@@ -62,7 +70,7 @@ def _only_rows(name, channel_order, shape_of, x, **arrays):
 
 
 def layer_norm(
-    x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
+    x, normalized_shape=None, weight=None, bias=None, eps=1e-5, *, out=None, return_stats=False,
     backend=None, num_threads=None, residual=None, out_sum=None, activation=None,
     negative_slope=0.01, approximate="none", axis=None, mask=None, lengths=None,
 ):
@@ -73,7 +81,7 @@ def layer_norm(
 
     Args:
         x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
-        normalized_shape: an int or a sequence of ints.
+        normalized_shape: an int or a sequence of ints; None where axis tells which.
         weight, bias: of shape normalized_shape, or None for 1 and 0.
         out_sum: receives the sum; may be x or residual.
         axis: the axes that are normalized, in place of the last: one, or several that follow each
@@ -116,7 +124,7 @@ def _with_sum(name, x, residual, out_sum, valid, *after):
 
 
 def layer_norm_backward(
-    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
+    dy, x, stats, normalized_shape=None, weight=None, *, out=None, backend=None, num_threads=None,
     dsum=None, bias=None, activation=None, negative_slope=0.01, approximate="none", axis=None,
     mask=None, lengths=None,
 ):
@@ -155,7 +163,7 @@ def layer_norm_backward(
 
 
 def rms_norm(
-    x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
+    x, normalized_shape=None, weight=None, eps=None, *, out=None, return_stats=False, backend=None,
     num_threads=None, residual=None, out_sum=None, activation=None, negative_slope=0.01,
     approximate="none", axis=None, mask=None, lengths=None,
 ):
@@ -166,7 +174,7 @@ def rms_norm(
 
     Args:
         x: (*leading, *normalized_shape), a float type (see fastnorm.dtypes).
-        normalized_shape: an int or a sequence of ints.
+        normalized_shape: an int or a sequence of ints; None where axis tells which.
         weight: of shape normalized_shape, or None for 1.
         eps: None is the machine epsilon of x's dtype.
         out_sum: receives the sum; may be x or residual.
@@ -206,7 +214,7 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    dy, x, stats, normalized_shape, weight=None, *, out=None, backend=None, num_threads=None,
+    dy, x, stats, normalized_shape=None, weight=None, *, out=None, backend=None, num_threads=None,
     dsum=None, activation=None, negative_slope=0.01, approximate="none", axis=None, mask=None,
     lengths=None,
 ):

@@ -270,6 +270,19 @@ def test_trailing_axes_by_name_are_the_same():
     assert np.array_equal(fastnorm.normalize(x, axis=0), fastnorm.normalize(x, dim=0))
 
 
+def test_axes_alone_tell_the_shape():
+    x, dy = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    for shape, axis in (((4, 5), (1, 2)), (4, 1), (4, -2), (5, -1)):
+        for name in ("layer_norm", "rms_norm"):
+            norm, backward = getattr(fastnorm, name), getattr(fastnorm, f"{name}_backward")
+            y, stats = norm(x, shape, axis=axis, return_stats=True)
+            assert np.array_equal(norm(x, axis=axis), y)
+            found = backward(dy, x, stats, axis=axis)
+            wanted = backward(dy, x, stats, shape, axis=axis)
+            assert np.array_equal(found.dx, wanted.dx)
+            assert np.array_equal(found.dweight, wanted.dweight)
+
+
 @pytest.mark.parametrize(
     ("axis", "shape", "extra", "kind", "text"),
     [
@@ -277,6 +290,10 @@ def test_trailing_axes_by_name_are_the_same():
         (3, 5, {}, ValueError, "axis is 3, expected axes of x"),
         ((0, 2), (3, 5), {}, ValueError, "that follow each other"),
         (1, (4, 5), {}, ValueError, "expected 2 axes"),
+        (None, None, {}, TypeError, "did you mean axis=-1"),
+        (3, None, {}, ValueError, "axis is 3, expected axes of x"),
+        ((0, 2), None, {}, ValueError, "that follow each other"),
+        ((), None, {}, ValueError, "follow each other"),
         ((), (), {}, ValueError, "follow each other"),
         ("C", 4, {}, TypeError, "axis is 'C'"),
         (1.0, 4, {}, TypeError, "axis is 1.0"),

@@ -36,6 +36,11 @@ BAD = {
     "integers": (lambda: train(np.ones((2, 3), int)), TypeError, "int64.*astype"),
     "complex": (lambda: train(np.ones((2, 3), complex)), TypeError, "complex128"),
     "objects": (lambda: train(np.ones((2, 3), object)), TypeError, "object"),
+    "masked": (
+        lambda: train(np.ma.masked_equal(np.eye(4, 6, dtype=F), 0)),
+        TypeError,
+        "MaskedArray.*mask=",
+    ),
     "booleans": (lambda: train(np.ones((2, 3), bool)), TypeError, "bool"),
     "one axis": (lambda: train(np.ones(3, F)), ValueError, "at least 2 axes"),
     "weight too long": (
