@@ -41,7 +41,7 @@ from fastnorm.dtypes import NAMES, TABLE
 class Layer:
     """State that every layer has: parameters with gradients, buffers, train and eval."""
 
-    parameters = ()
+    _parameters = ()
     _buffers = ()
 
     def __init__(
@@ -82,15 +82,26 @@ class Layer:
         """Switch to inference and return the layer."""
         return self.train(False)
 
+    def named_parameters(self):
+        """(name, array) of the weight and the bias, as far as the layer has them. The gradient of
+        each is its attribute grad_<name>."""
+        for name in self._parameters:
+            yield name, getattr(self, name)
+
+    def parameters(self):
+        """The arrays of named_parameters: an optimizer changes them in place."""
+        for _, array in self.named_parameters():
+            yield array
+
     def zero_grad(self):
         """Forget the accumulated gradients."""
-        for name in self.parameters:
+        for name in self._parameters:
             setattr(self, f"grad_{name}", None)
 
     def _set_parameters(self, shape, weight, bias):
         self.weight = np.ones(shape, self.dtype) if weight else None
         self.bias = np.zeros(shape, self.dtype) if bias else None
-        self.parameters = tuple(
+        self._parameters = tuple(
             name for name in ("weight", "bias") if getattr(self, name) is not None
         )
         self.grad_weight = self.grad_bias = None
@@ -101,15 +112,15 @@ class Layer:
         if on_gpu == self._on_gpu:
             return
         self._on_gpu = on_gpu
-        for name in (*self.parameters, "running_mean", "running_var"):
+        for name in (*self._parameters, "running_mean", "running_var"):
             setattr(self, name, device.beside(getattr(self, name, None), x))
-            if name in self.parameters:
+            if name in self._parameters:
                 grad = f"grad_{name}"
                 setattr(self, grad, device.beside(getattr(self, grad), x))
 
     def _accumulate(self, dweight, dbias):
         for name, gradient in (("weight", dweight), ("bias", dbias)):
-            if name in self.parameters:
+            if name in self._parameters:
                 before = getattr(self, f"grad_{name}")
                 if isinstance(gradient, np.ndarray):
                     gradient = gradient.astype(self.dtype, copy=False)
@@ -128,26 +139,29 @@ class Layer:
 
     def state_dict(self):
         """Copies of parameters and buffers by PyTorch's names."""
-        names = (*self.parameters, *self._buffers)
+        names = (*self._parameters, *self._buffers)
         return {name: device.to_host(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state):
-        """Copy values in. Raises ValueError for missing or unknown names and wrong shapes,
-        before anything is changed."""
+        """Copy values into the layer's arrays. Raises ValueError for missing or unknown names and
+        wrong shapes, before anything is changed."""
         name = type(self).__name__
         expected = self.state_dict()
         if set(state) != set(expected):
             raise ValueError(
                 f"{name}: state has {sorted(state)}, expected {sorted(expected)}"
             )
-        values = {key: np.asarray(value) for key, value in state.items()}
+        values = {key: np.asarray(value, expected[key].dtype) for key, value in state.items()}
         for key, value in values.items():
             if value.shape != expected[key].shape:
                 raise ValueError(
                     f"{name}: {key} has shape {value.shape}, expected {expected[key].shape}"
                 )
         for key, value in values.items():
-            setattr(self, key, value.astype(expected[key].dtype))
+            if self._on_gpu:
+                setattr(self, key, value.copy())
+            else:  # whoever holds these arrays sees the new values
+                getattr(self, key)[...] = value
         self._on_gpu = False  # or the next call on a GPU would not move them
 
     def __repr__(self):

@@ -172,6 +172,25 @@ def test_one_sample_without_the_batch_axis_and_its_residual():
     assert dx.shape == dresidual.shape == x.shape
 
 
+def test_parameters_are_the_arrays_that_the_layer_uses():
+    """An optimizer that holds them sees load_state_dict, and the layer sees the optimizer."""
+    layer = fastnorm.BatchNorm2d(3)
+    held = dict(layer.named_parameters())
+    assert list(held) == [name for name, _ in torch.nn.BatchNorm2d(3).named_parameters()]
+    assert all(a is b for a, b in zip(layer.parameters(), held.values(), strict=True))
+    state = {name: value + 2 for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    assert np.array_equal(held["weight"], np.full(3, 3))
+    assert layer.num_batches_tracked == 2
+    x = np.random.default_rng(0).normal(size=(4, 3, 5, 5)).astype(np.float32)
+    y = layer(x)
+    for array in layer.parameters():
+        array *= 2
+    assert np.allclose(layer(x), 2 * y)
+    assert not list(fastnorm.LayerNorm(5, elementwise_affine=False).parameters())
+    assert [name for name, _ in fastnorm.RMSNorm(5).named_parameters()] == ["weight"]
+
+
 def test_repr_is_pytorchs():
     for ours, theirs in (
         (fastnorm.BatchNorm2d(3), torch.nn.BatchNorm2d(3)),

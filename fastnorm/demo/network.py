@@ -1,6 +1,6 @@
 """What LeNet-5 needs beside normalization: convolution, pooling, linear, ReLU, Adam, in NumPy.
 
-Every layer has forward (as a call), backward(dy) -> dx, `parameters`, and gradients named
+Every layer has forward (as a call), backward(dy) -> dx, named_parameters, and gradients named
 grad_<parameter>, like fastnorm's own layers, which stand between these unchanged.
 """
 
@@ -10,10 +10,22 @@ from numpy.lib.stride_tricks import sliding_window_view
 F = np.float32
 
 
-class Linear:
-    """y = x @ weight.T + bias, initialised as PyTorch does: uniform within 1/sqrt(inputs)."""
+class Weighted:
+    """A layer with a weight and a bias."""
 
-    parameters = ("weight", "bias")
+    def named_parameters(self):
+        return ("weight", self.weight), ("bias", self.bias)
+
+
+class Unweighted:
+    """A layer without parameters."""
+
+    def named_parameters(self):
+        return ()
+
+
+class Linear(Weighted):
+    """y = x @ weight.T + bias, initialised as PyTorch does: uniform within 1/sqrt(inputs)."""
 
     def __init__(self, inputs, outputs, rng):
         bound = 1 / np.sqrt(inputs)
@@ -30,10 +42,8 @@ class Linear:
         return dy @ self.weight
 
 
-class Conv2d:
+class Conv2d(Weighted):
     """A square convolution as one matrix product over windows taken by stride tricks."""
-
-    parameters = ("weight", "bias")
 
     def __init__(self, inputs, outputs, size, rng, padding=0):
         bound = 1 / np.sqrt(inputs * size * size)
@@ -66,10 +76,8 @@ class Conv2d:
         return np.ascontiguousarray(dx.transpose(0, 3, 1, 2))
 
 
-class MaxPool2d:
+class MaxPool2d(Unweighted):
     """The largest of each 2 x 2 square."""
-
-    parameters = ()
 
     def __call__(self, x):
         n, c, h, w = x.shape
@@ -89,9 +97,7 @@ class MaxPool2d:
         return dx
 
 
-class ReLU:
-    parameters = ()
-
+class ReLU(Unweighted):
     def __call__(self, x):
         self.positive = x > 0
         return x * self.positive
@@ -100,9 +106,7 @@ class ReLU:
         return dy * self.positive
 
 
-class Flatten:
-    parameters = ()
-
+class Flatten(Unweighted):
     def __call__(self, x):
         self.shape = x.shape
         return x.reshape(len(x), -1)
@@ -133,10 +137,10 @@ class Sequential:
                 layer.train(training)
 
     def parameters(self):
-        """(layer, name) of every parameter."""
+        """(layer, name, array) of every parameter."""
         for layer in self.layers:
-            for name in layer.parameters:
-                yield layer, name
+            for name, array in layer.named_parameters():
+                yield layer, name, array
 
 
 def softmax_cross_entropy(logits, labels):
@@ -155,8 +159,8 @@ class Adam:
 
     def __init__(self, network, rate=0.01, betas=(0.9, 0.999), eps=1e-8):
         self.slots = [
-            (layer, name, np.zeros_like(getattr(layer, name)), np.zeros_like(getattr(layer, name)))
-            for layer, name in network.parameters()
+            (layer, name, array, np.zeros_like(array), np.zeros_like(array))
+            for layer, name, array in network.parameters()
         ]
         self.rate, self.betas, self.eps, self.steps = rate, betas, eps, 0
 
@@ -164,12 +168,11 @@ class Adam:
         self.steps += 1
         slow, fast = self.betas[1], self.betas[0]
         rate = self.rate * np.sqrt(1 - slow**self.steps) / (1 - fast**self.steps)
-        for layer, name, first, second in self.slots:
+        for layer, name, parameter, first, second in self.slots:
             gradient = getattr(layer, f"grad_{name}")
             first += F(1 - fast) * (gradient - first)
             second += F(1 - slow) * (gradient * gradient - second)
-            parameter = getattr(layer, name)
             parameter -= (rate * first / (np.sqrt(second) + self.eps)).astype(F)
-        for layer, _, _, _ in self.slots:
+        for layer, *_ in self.slots:
             if hasattr(layer, "zero_grad"):
                 layer.zero_grad()
