@@ -5,6 +5,9 @@ python benchmarks/compare.py old/libfastnorm.so new/libfastnorm.so --only "layer
 A library may carry settings that it reads when it is loaded: FASTNORM_ISA=v3:libfastnorm.so. Each
 is copied, so that one file can be compared with itself under another setting. Calls are C's, with a
 workspace; shown is time over the memory floor, then each library's time over the first one's.
+
+A call that follows itself finds its arrays in the caches as it left them. Where a rule on stores
+or prefetches gains by that, --between shows what is left of it: it measures as the benchmark does.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import numpy as np
 
 from fastnorm import geometry
 from fastnorm.bench import cells, contenders
+from fastnorm.bench import run as benchmark
 from fastnorm.bench.run import floors, mean_ratio, time_once
 
 DTYPES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
@@ -132,6 +136,15 @@ def measure(calls, seconds):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def measure_between(floor_calls, calls, problem, seconds):
+    """As the benchmark measures: with pauses, and PyTorch's call before each."""
+    (torch,) = contenders.available(["PyTorch"]).values()
+    peer, turns = torch(problem), {}
+    for name, call in calls.items():
+        turns |= {f"PyTorch before {name}": peer, name: call}
+    return benchmark.measure(floor_calls | turns, seconds)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("library", nargs="+")
@@ -139,9 +152,13 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell")
+    parser.add_argument("--between", action="store_true",
+                        help="pauses and calls of PyTorch between, for 2 seconds or more each cell")
     parser.add_argument("--behind", type=int, default=0, metavar="BYTES",
                         help="of a cache line, where arrays start: NumPy's own 16")
     options = parser.parse_args()
+    if options.between:
+        benchmark.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         libraries = [load(name, folder, at) for at, name in enumerate(options.library)]
     if options.dtype == "bfloat16":
@@ -157,9 +174,12 @@ def main():
         problem = contenders.Problem(cell, options.threads, dtype, options.behind)
         calls = {str(at): call_of(one, problem) for at, one in enumerate(libraries)}
         aligned = contenders.Problem(cell, options.threads, dtype) if options.behind else problem
-        # Whoever follows the floors is up to 1.2 times as slow for some milliseconds, in cache.
-        settling = {"settling": calls["0"]}
-        times = measure(floors(aligned) | settling | calls, options.seconds)
+        if options.between:
+            times = measure_between(floors(aligned), calls, problem, max(2.0, options.seconds))
+        else:
+            # Whoever follows the floors is up to 1.2 times as slow for some milliseconds, in cache.
+            settling = {"settling": calls["0"]}
+            times = measure(floors(aligned) | settling | calls, options.seconds)
         floor = min(times["floor plain"], times["floor streaming"])
         seconds = [times[name] for name in calls]
         for ratios, took in zip(against, seconds, strict=True):

@@ -204,9 +204,14 @@ def test_scripts_of_the_benchmarks():
     if not folder.exists():
         pytest.skip("no source here")
     library = fastnorm.get_library()
-    for only in ("group+silu NCHW 2x1280x8x8", "batch backward NHWC 1x64x8x8", "rms 64x64"):
+    for only, *extra in (
+        ("group+silu NCHW 2x1280x8x8",), ("batch backward NHWC 1x64x8x8",), ("rms 64x64",),
+        ("rms 64x64", "--between"),
+    ):
+        if extra:
+            pytest.importorskip("torch")
         found = run(sys.executable, folder / "compare.py", library, library, "--only", only,
-                    "--seconds", 0.01)
+                    "--seconds", 0.01, *extra)
         assert f"{only} " in found.stdout, found.stderr
     found = run(sys.executable, folder / "sweep.py", "group", "--layout", "NHWC", "--tail", "3x3",
                 "--groups", 2, "--first", 2, "--second", "4,6", "--seconds", 0.01, "--behind", 16)
