@@ -25,15 +25,17 @@ extern "C" {
  *   - arguments are checked first: on an error no output byte has changed;
  *   - no state but a table of processor features, filled once when the library loads: any
  *     number of threads may call at once, on buffers of their own;
- *   - the results do not depend on the number of threads nor on the instruction set: same
- *     input, same bits;
+ *   - the results do not depend on the number of threads nor on the instruction set, nor on the
+ *     caller's rounding mode: same input, same bits;
  *   - y may be x, and dx may be dy (or x); no other two buffers may overlap, but for what the
  *     detailed calls say of a residual;
  *   - pointers need the alignment of their element type at most, and less is only slower;
  *   - sizes are int64_t, every product is checked for overflow, and size 0 is no error;
  *   - the caller's OpenMP settings, signal handlers and floating-point environment stay as
- *     they are; in a child after fork() the library computes with one thread;
- *   - a caller may pass the workspace (then a call allocates nothing) and the thread pool.
+ *     they are, and floating-point traps that it has enabled never spring in a call;
+ *   - in a child after fork() the library computes with one thread;
+ *   - a caller may pass the workspace (then a call allocates nothing) and the thread pool;
+ *   - 128 KB of stack are enough for a thread that calls or works in a pool.
  *
  * Arrays are C-contiguous. A channels-first array is (N, C, spatial...), a channels-last one
  * (N, spatial..., C); `spatial` is the product of the spatial axes, 1 where there are none.

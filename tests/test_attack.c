@@ -8,6 +8,7 @@
 
 #include <fenv.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +16,9 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 static int passed, failed;
 
@@ -408,22 +412,38 @@ static void test_bad_calls(int turns)
 static void test_the_callers_state(void)
 {
     const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0, 0};
-    buffer all[BUFFERS];
+    buffer wanted[BUFFERS], all[BUFFERS];
     sigset_t signals, after;
+    fenv_t environment;
+    open_buffers(&p, wanted, ORDINARY);
     open_buffers(&p, all, ORDINARY);
+    for (size_t at = 0; at < 15; at++) { /* whose gradients are subnormal numbers */
+        store(&wanted[WEIGHT], at, p.dtype, 1e-39f);
+        store(&all[WEIGHT], at, p.dtype, 1e-39f);
+    }
+    CHECK(run(&p, wanted, NULL) == FASTNORM_OK);
     sigemptyset(&signals);
     sigaddset(&signals, SIGUSR1);
     sigprocmask(SIG_SETMASK, &signals, NULL);
-    fesetround(FE_UPWARD);
     setenv("OMP_NUM_THREADS", "3", 1);
+    fegetenv(&environment);
+    fesetround(FE_UPWARD);
+#if defined(__SSE2__)
+    _mm_setcsr(_mm_getcsr() | 0x8040); /* subnormal numbers are zeros */
+#endif
+#if defined(__GLIBC__)
+    feenableexcept(FE_ALL_EXCEPT);
+#endif
     CHECK(run(&p, all, NULL) == FASTNORM_OK);
     CHECK(fegetround() == FE_UPWARD);
+    fesetenv(&environment);
+    CHECK(same_bits(wanted, all));
     CHECK(strcmp(getenv("OMP_NUM_THREADS"), "3") == 0);
-    fesetround(FE_TONEAREST);
     sigprocmask(SIG_SETMASK, NULL, &after);
     CHECK(sigismember(&after, SIGUSR1) == 1 && sigismember(&after, SIGUSR2) == 0);
     sigemptyset(&signals);
     sigprocmask(SIG_SETMASK, &signals, NULL);
+    close_buffers(wanted);
     close_buffers(all);
 }
 
@@ -456,9 +476,33 @@ static void test_nested_forks(void)
     close_buffers(found);
 }
 
+static void *shapes_of_a_thread(void *turns)
+{
+    test_shapes(*(const int *)turns);
+    return NULL;
+}
+
+/* test_shapes with as much stack as the header promises to be enough; behind it is no memory. */
+static void test_shapes_on_little_stack(int turns)
+{
+    pthread_attr_t attributes;
+    pthread_t thread;
+    CHECK(pthread_attr_init(&attributes) == 0);
+    CHECK(pthread_attr_setstacksize(&attributes, 128 << 10) == 0);
+    if (CHECK(pthread_create(&thread, &attributes, shapes_of_a_thread, &turns) == 0))
+        pthread_join(thread, NULL);
+    pthread_attr_destroy(&attributes);
+}
+
 int main(int count, char **arguments)
 {
-    test_shapes(count > 1 ? atoi(arguments[1]) : 300);
+    const int turns = count > 1 ? atoi(arguments[1]) : 300;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) /* whose frames are larger */
+    (void)test_shapes_on_little_stack;
+    test_shapes(turns);
+#else
+    test_shapes_on_little_stack(turns);
+#endif
     test_allocations();
     test_bad_calls(1000);
     test_the_callers_state();

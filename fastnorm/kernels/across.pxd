@@ -30,7 +30,6 @@ cdef enum:
     CACHED = 1 << 20  # of strips that are there until they are mapped, at most
     PAGE = 4096
     SHORT = 1024  # bytes from row to row, up to which memory is read as it lies
-    PLACES = 1024  # in a strip, at most
     PARTS = 32  # of the strips, that sum dweight each for themselves
     ROW_PARTS = 8  # of a single strip, at most
     PART_ROWS = 64  # and in one, at least: fewer, and what is merged of each weighs too much

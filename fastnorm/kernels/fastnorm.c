@@ -389,6 +389,7 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
     }
     TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
 
+    const fn_environment callers = fn_enter_environment();
     const fn_kernels *kernels = fn_find_kernels(args->dtype, options.isa);
     set_geometry(&task, geometry);
     lay_out(&from, &task, args->dtype, kernels, &part);
@@ -435,6 +436,7 @@ fastnorm_status fastnorm_forward(const fastnorm_geometry *geometry,
         fn_move_running(args->running_mean, params, task.mean, 0, args->momentum, &task);
         fn_move_running(args->running_var, params, task.var, unbiased, args->momentum, &task);
     }
+    fn_leave_environment(&callers);
     free(allocated);
     return FASTNORM_OK;
 }
@@ -524,6 +526,7 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
     }
     TRY(open_workspace(geometry, args->dtype, &options, &from, &allocated));
 
+    const fn_environment callers = fn_enter_environment();
     const fn_kernels *kernels = fn_find_kernels(args->dtype, options.isa);
     set_geometry(&task, geometry);
     lay_out(&from, &task, args->dtype, kernels, &part);
@@ -559,6 +562,7 @@ fastnorm_status fastnorm_backward(const fastnorm_geometry *geometry,
      : in_columns(&task) ? kernels->columns_backward : kernels->rows_backward)(&task);
     gradients all = {args, &part, channels, params};
     fn_parallel_for(&task, (channels + GRADIENTS - 1) / GRADIENTS, put_gradients, &all, 0);
+    fn_leave_environment(&callers);
     free(allocated);
     return FASTNORM_OK;
 }

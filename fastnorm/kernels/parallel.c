@@ -15,6 +15,10 @@
 #include <unistd.h>
 #endif
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #if defined(_OPENMP)
 #define WITH_OPENMP
 #include <omp.h>
@@ -49,6 +53,33 @@ int fn_available_threads(void)
     return 1;
 #endif
 }
+
+/* Rounding to nearest, no trap, subnormal numbers as they are: whatever the calling thread has set, and
+ * a pool's threads had inherited when they started, of which results would depend otherwise. Kernels
+ * are compiled for nobody looking at exceptions, so that they may raise what no formula does. */
+#if defined(__SSE2__)
+fn_environment fn_enter_environment(void)
+{
+    const unsigned flags = 0x3f, plain = 0x1f80, callers = _mm_getcsr();
+    if ((callers & ~flags) != plain) _mm_setcsr(plain);
+    return callers;
+}
+
+void fn_leave_environment(const fn_environment *callers)
+{
+    if (_mm_getcsr() != *callers) _mm_setcsr(*callers);
+}
+#else
+fn_environment fn_enter_environment(void)
+{
+    fenv_t callers;
+    fegetenv(&callers);
+    fesetenv(FE_DFL_ENV);
+    return callers;
+}
+
+void fn_leave_environment(const fn_environment *callers) { fesetenv(callers); }
+#endif
 
 /* Bytes moved from which more threads are worth their start. One that waits for work takes it at once;
  * one that is created for each loop comes 20 to 30 us late (with it a call that moves up to 2 MB takes
@@ -88,6 +119,7 @@ typedef struct crew {
 /* By one of `came` threads. */
 static void work_from(crew *work, int thread, int came)
 {
+    const fn_environment threads = fn_enter_environment();
     const int turns = work->helping || came < work->threads ? work->threads : 1;
     for (int turn = 0; turn < turns; turn++) {
         int64_t part = (thread + turn) % work->threads;
@@ -96,6 +128,21 @@ static void work_from(crew *work, int thread, int came)
         while ((at = __atomic_fetch_add(&work->shares[part].taken, 1, __ATOMIC_RELAXED)) < count)
             work->body(work->context, start + (work->backwards ? count - 1 - at : at));
     }
+    fn_leave_environment(&threads);
+}
+
+typedef struct loop {
+    fn_body body;
+    void *context;
+} loop;
+
+/* A turn of a loop, for the caller's pool. */
+static void work_in_pool(void *context, int64_t index)
+{
+    const loop *work = context;
+    const fn_environment threads = fn_enter_environment();
+    work->body(work->context, index);
+    fn_leave_environment(&threads);
 }
 
 #if defined(WITH_DISPATCH)
@@ -163,7 +210,8 @@ static void run_crew(int threads, int helping, int64_t n, fn_body body, void *co
 void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context, int backwards)
 {
     if (task->parallel_for && task->threads > 1 && n > 1) {
-        task->parallel_for(task->user, n, body, context);
+        loop work = {body, context};
+        task->parallel_for(task->user, n, work_in_pool, &work);
     } else if (most_threads(task, n) > 1) {
         run_crew(most_threads(task, n), task->beyond, n, body, context, backwards);
     } else {

@@ -35,7 +35,6 @@ cdef enum:
     TILE = 65536  # values in a tile of a set
     FEW = 16  # sets, below which large ones are split
     BLOCK = 64
-    SLAB = 1024  # places of a slab, twice as many where outputs are streamed
     SHORT_RUN = 256  # values in a run, below which sets are summed and mapped as slabs
     # Bytes of one, below which they are only mapped as slabs; where outputs are streamed, SHORTEST,
     # below which runs are not (0.8 of the time at 14x14; with a residual 1.0 to 1.3), and with an
@@ -109,16 +108,16 @@ cdef inline void cut_sheets(plan* p) noexcept nogil:
     if not in_slabs(t):
         return
     # Smaller ones in groups of sets (sheets 1.1 to 1.6 times as long).
-    if sample > SLAB:
+    if sample > PLACES:
         least = 3 << 16
     elif t.g > lines and t.g % lines == 0 and lines * t.i >= SHORT_RUN:
         least = 1 << 16
-    if t.o * sample < least or (sample > 2 * SLAB and t.o < SCATTERED and t.o * apart < CROWDED):
+    if t.o * sample < least or (sample > 2 * PLACES and t.o < SCATTERED and t.o * apart < CROWDED):
         return
     while p.sheets < SHEETS and t.o * sample >= 2 * p.sheets * SHEET:
         p.sheets *= 2
-    p.sheet_sets = minimum(t.g, maximum(1, SLAB // t.i))
-    if sample <= 2 * SLAB:
+    p.sheet_sets = minimum(t.g, maximum(1, PLACES // t.i))
+    if sample <= 2 * PLACES:
         p.sheet_sets = t.g
     elif p.sheet_sets > lines:
         p.sheet_sets -= p.sheet_sets % lines
@@ -156,7 +155,7 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         most = minimum(BLOCK, t.l2 * 3 // 8 // bytes)
         p.group = ceil_div(t.g, 8)
         if in_slabs(t):
-            most = minimum(most, (2 * SLAB if t.stream else SLAB) // n)
+            most = minimum(most, (2 * PLACES if t.stream else PLACES) // n)
             # Rows of a group start at lines: 0.5 to 0.95 of the time in cache.
             lines = whole_lines(n)
             if lines <= most and lines * threads <= t.g:

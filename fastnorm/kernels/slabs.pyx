@@ -20,12 +20,12 @@ from fastnorm.kernels.words cimport *
 cdef struct slab:
     # For each place: the value that sums are about, sums, then what it is mapped with. With room
     # for a whole vec behind the last place.
-    work hi[2 * SLAB + 16]
-    work s[2 * SLAB + 16]
-    work q[2 * SLAB + 16]
-    work d[2 * SLAB + 16]
-    work gate_scale[2 * SLAB + 16]
-    work gate_shift[2 * SLAB + 16]
+    work hi[2 * PLACES + 16]
+    work s[2 * PLACES + 16]
+    work q[2 * PLACES + 16]
+    work d[2 * PLACES + 16]
+    work gate_scale[2 * PLACES + 16]
+    work gate_shift[2 * PLACES + 16]
 
 
 cdef inline coefficients slab_map(const fn_task* t, slab* w) noexcept nogil:

@@ -2,6 +2,9 @@
 #ifndef FASTNORM_TASK_H
 #define FASTNORM_TASK_H
 
+#if !defined(__SSE2__)
+#include <fenv.h>
+#endif
 #include <stddef.h>
 #include <stdint.h>
 
@@ -72,6 +75,14 @@ typedef struct fn_kernels {
 typedef void (*fn_body)(void *context, int64_t index);
 void fn_parallel_for(const fn_task *task, int64_t n, fn_body body, void *context, int backwards);
 int fn_available_threads(void);
+#if defined(__SSE2__)
+typedef unsigned fn_environment;
+#else
+typedef fenv_t fn_environment;
+#endif
+/* From this thread's floating-point environment, which is returned, to the kernels', and back. */
+fn_environment fn_enter_environment(void);
+void fn_leave_environment(const fn_environment *callers);
 size_t fn_serial_bytes(const fn_task *task); /* moved by a call: below, one thread does it all */
 
 /* parameters.c: arrays of any element type of fastnorm.h */

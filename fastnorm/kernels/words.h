@@ -58,6 +58,9 @@ enum { REGISTERS = 32 };
 #else
 enum { REGISTERS = 16 };
 #endif
+/* Places of a strip, or of a slab, whose coefficients and sums a kernel keeps on the stack: six to
+ * twelve arrays of them, which with all else stay below what fastnorm.h promises. */
+enum { PLACES = 4096 / sizeof(work) };
 #if defined(FN_TYPE_bfloat16)
 enum { NARROWED = 2 };
 #else

@@ -13,6 +13,7 @@ cdef extern from "words.h" nogil:
         WIDTH  # values in a vec
         VECTORS  # in LANES values
         REGISTERS  # vecs that a processor holds
+        PLACES  # of a strip, at most, and of a slab; twice as many where outputs are streamed
         NARROWED  # vectors that a store rounds at once
         EXACT  # products of stored values are
         ROWS "FN_ROWS"  # sets whose statistics are found together
