@@ -1,4 +1,4 @@
-/* Threads: the only file that knows about them.
+/* Threads, and what they compute with: the only file that knows about them.
  *
  * OpenMP where the build has it, with a num_threads clause, so that no setting of the caller
  * changes. Without it macOS's dispatch queues, or else threads that are created for a loop. The
