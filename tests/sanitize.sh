@@ -42,14 +42,16 @@ for test in test_library test_attack; do
     fi
     [ "$levels" = 1 ] && at="v2 v3 v4" || at=native
     for level in $at; do
-        echo "$1, at most $level, $test: $(FASTNORM_ISA=$level "$folder/$test")"
+        answer=$(FASTNORM_ISA=$level "$folder/$test")
+        echo "$1, at most $level, $test: $answer"
     done
 done
 if [ "$1" = address ]; then
     # shellcheck disable=SC2086
     "${CC:-cc}" -std=gnu99 -O1 -g $flags -DSTANDALONE tests/fuzz_library.c -I"$folder/include" \
         "$folder/lib/libfastnorm.so" -Wl,-rpath,"$PWD/$folder/lib" -lm -o "$folder/fuzz_library"
-    echo "address, random inputs: $("$folder/fuzz_library" 40 tests/corpus.txt)"
-    echo "address, streamed past a cache of one byte: $(
-        FASTNORM_LAST_LEVEL_BYTES=1 "$folder/fuzz_library" 20 tests/corpus.txt)"
+    answer=$("$folder/fuzz_library" 40 tests/corpus.txt)
+    echo "address, random inputs: $answer"
+    answer=$(FASTNORM_LAST_LEVEL_BYTES=1 "$folder/fuzz_library" 20 tests/corpus.txt)
+    echo "address, streamed past a cache of one byte: $answer"
 fi

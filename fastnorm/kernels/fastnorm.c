@@ -152,10 +152,15 @@ static int in_columns(const fn_task *task)
 
 static size_t scratch_bytes(const fn_task *task, const fn_kernels *kernels)
 {
-    size_t rows, columns;
-    if (task->s > 1) return kernels->across_scratch(task);
-    rows = one_row(task) || !in_columns(task) ? kernels->rows_scratch(task) : 0;
-    columns = in_columns(task) ? kernels->columns_scratch(task) : 0;
+    const fn_environment callers = fn_enter_environment(); /* the kernels' plans divide */
+    size_t rows = 0, columns = 0;
+    if (task->s > 1) {
+        rows = kernels->across_scratch(task);
+    } else {
+        if (one_row(task) || !in_columns(task)) rows = kernels->rows_scratch(task);
+        if (in_columns(task)) columns = kernels->columns_scratch(task);
+    }
+    fn_leave_environment(&callers);
     return rows > columns ? rows : columns;
 }
 
