@@ -409,35 +409,82 @@ static void test_bad_calls(int turns)
 
 /* ---- what is the caller's ------------------------------------------------------------------------ */
 
+/* Rounds up, takes subnormal numbers for zeros, and traps. */
+static void set_odd_environment(void)
+{
+    fesetround(FE_UPWARD);
+#if defined(__SSE2__)
+    _mm_setcsr(_mm_getcsr() | 0x8040);
+#endif
+#if defined(__GLIBC__)
+    feenableexcept(FE_ALL_EXCEPT);
+#endif
+}
+
+typedef struct turns {
+    void (*body)(void *context, int64_t index);
+    void *context;
+    int64_t n;
+} turns;
+
+static void *take_turns(void *work)
+{
+    const turns *all = work;
+    set_odd_environment();
+    for (int64_t index = 0; index < all->n; index++) all->body(all->context, index);
+    return NULL;
+}
+
+/* A pool of one thread. */
+static void new_thread(void *user, int64_t n, void (*body)(void *context, int64_t index),
+                       void *context)
+{
+    turns all = {body, context, n};
+    pthread_t thread;
+    (void)user;
+    if (CHECK(pthread_create(&thread, NULL, take_turns, &all) == 0)) pthread_join(thread, NULL);
+}
+
+/* Of this thread, of OpenMP's where it is compiled with that, and of a pool's. */
 static void test_the_callers_state(void)
 {
     const problem p = {{4, 1, 30, 2, 700, 1}, FASTNORM_FLOAT32, 0, FASTNORM_GELU, 1, 0, 0};
     buffer wanted[BUFFERS], all[BUFFERS];
     sigset_t signals, after;
     fenv_t environment;
+    fastnorm_options options;
+    memset(&options, 0, sizeof options);
+    options.struct_size = sizeof options;
+    options.num_threads = 1;
     open_buffers(&p, wanted, ORDINARY);
     open_buffers(&p, all, ORDINARY);
     for (size_t at = 0; at < 15; at++) { /* whose gradients are subnormal numbers */
         store(&wanted[WEIGHT], at, p.dtype, 1e-39f);
         store(&all[WEIGHT], at, p.dtype, 1e-39f);
     }
-    CHECK(run(&p, wanted, NULL) == FASTNORM_OK);
+    CHECK(run(&p, wanted, &options) == FASTNORM_OK);
+    options.num_threads = 2;
     sigemptyset(&signals);
     sigaddset(&signals, SIGUSR1);
     sigprocmask(SIG_SETMASK, &signals, NULL);
     setenv("OMP_NUM_THREADS", "3", 1);
     fegetenv(&environment);
-    fesetround(FE_UPWARD);
-#if defined(__SSE2__)
-    _mm_setcsr(_mm_getcsr() | 0x8040); /* subnormal numbers are zeros */
+    for (int pool = 0; pool < 2; pool++) {
+        options.parallel_for = pool ? new_thread : NULL;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(2)
 #endif
-#if defined(__GLIBC__)
-    feenableexcept(FE_ALL_EXCEPT);
+        set_odd_environment();
+        CHECK(run(&p, all, &options) == FASTNORM_OK);
+        CHECK(fegetround() == FE_UPWARD);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(2)
 #endif
-    CHECK(run(&p, all, NULL) == FASTNORM_OK);
-    CHECK(fegetround() == FE_UPWARD);
-    fesetenv(&environment);
-    CHECK(same_bits(wanted, all));
+        fesetenv(&environment);
+        CHECK(same_bits(wanted, all));
+        memset(all[Y].start, 0, all[Y].bytes);
+        memset(all[DX].start, 0, all[DX].bytes);
+    }
     CHECK(strcmp(getenv("OMP_NUM_THREADS"), "3") == 0);
     sigprocmask(SIG_SETMASK, NULL, &after);
     CHECK(sigismember(&after, SIGUSR1) == 1 && sigismember(&after, SIGUSR2) == 0);

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastnorm
-from fastnorm import backends
+from fastnorm import backends, install
 
 ROOT = Path(__file__).parents[1]
 CC = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
@@ -58,6 +58,17 @@ def build(source, output, *flags):
 def test_c_program_runs_without_python(source, tmp_path):
     build(ROOT / source, tmp_path / "program")
     done = run(tmp_path / "program", env={"PATH": ""}, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_cc
+@needs_library
+def test_a_program_may_have_set_openmps_threads(tmp_path):
+    """Their rounding mode and traps, by a program compiled with OpenMP too."""
+    if "omp" not in Path(install.get_pkgconfig_dir(), "fastnorm.pc").read_text():
+        pytest.skip("built without OpenMP")
+    build(ROOT / "tests/test_attack.c", tmp_path / "program", "-fopenmp")
+    done = run(tmp_path / "program", 10, env={"PATH": ""}, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -55,7 +55,7 @@ int fn_available_threads(void)
 }
 
 /* Rounding to nearest, no trap, subnormal numbers as they are: whatever the calling thread has set, and
- * a pool's threads had inherited when they started, of which results would depend otherwise. Kernels
+ * anybody for a pool's threads and OpenMP's, of which results would depend otherwise. Kernels
  * are compiled for nobody looking at exceptions, so that they may raise what no formula does. */
 #if defined(__SSE2__)
 fn_environment fn_enter_environment(void)
