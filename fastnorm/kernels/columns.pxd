@@ -14,19 +14,22 @@ Slices that fit the second-level cache take all steps in one unit of work, as do
 wide rows, which are too few tiles for the threads. A larger x is read twice and y written once, but
 for what of x the last-level cache still holds.
 
-What lost: one row after the other, sums in the first-level cache (1.2 to 1.3 times as long in a
-forward, 0.9 to 1.2 in a backward); all rows of 64 columns before the next 64 (1.1 to 1.2 times as
-long at 256 and 1024 channels, two threads); coefficients read again, and plain stores, for every
-row of 64 columns (1.5 times in inference); a few rows of 64 columns, for wide rows too (1.2 to 1.5
-times with streaming, the same in cache); all steps of a strip of columns that fits the second-level
-cache where there are tiles for all threads (1.1 to 1.5 times, and within the caches 0.9 to 1.4);
-the sums of wide rows in strips of 2048 columns (1.0); loops of their own for sums that ask for
-nothing early, and for maps that are not streamed (1.0); two to sixteen rows of a few vectors mapped
-together, coefficients in registers (1.0 to 1.3 times in cache, 1.3 to 1.8 streamed); tiles of a
-quarter as many values where these would be one or two (0.82 to 1.6, 1.04 in the mean).
-
 Tiles depend on the geometry alone and are merged in their order: the bits never depend on
 threads.
+
+What was tried instead, and its time over that of what is here:
+
+- one row after the other, sums in the first-level cache: forward 1.2 to 1.3, backward 0.9 to 1.2;
+- all rows of 64 columns before the next 64: 1.1 to 1.2 at 256 and 1024 channels, two threads;
+- coefficients read again, and plain stores, for every row of 64 columns: 1.5 in inference;
+- a few rows of 64 columns, for wide rows too: 1.2 to 1.5 with streaming, 1.0 in cache;
+- all steps of a strip of columns that fits the second-level cache, where there are tiles for all
+  threads: 1.1 to 1.5, within the caches 0.9 to 1.4;
+- the sums of wide rows in strips of 2048 columns: 1.0;
+- loops of their own for sums that ask for nothing early, and for maps that are not streamed: 1.0;
+- two to sixteen rows of a few vectors mapped together, coefficients in registers: 1.0 to 1.3 in
+  cache, 1.3 to 1.8 streamed;
+- tiles of a quarter as many values where these would be one or two: 0.82 to 1.6, 1.04 in the mean.
 """
 
 from libc.stdint cimport int64_t, uint8_t
@@ -34,19 +37,21 @@ from libc.stdint cimport int64_t, uint8_t
 from fastnorm.kernels.words cimport *
 
 cdef enum:
-    NARROW = 16  # the width of few columns becomes a multiple of this
-    # And at least this, but CHUNKS in 16 bits. (64: 1.1 to 1.6 times as long at 3 and 24 channels.)
+    # Copies of few columns make rows whose width is a multiple of NARROW, better of CHUNKS, which
+    # are CHUNK vectors at every level, and at least LEAST, in 16 bits CHUNKS (64 took 1.1 to 1.6
+    # times as long at 3 and 24 channels).
+    NARROW = 16
     LEAST = 48
-    CHUNKS = 64  # and rather of this: CHUNK vectors at every level
+    CHUNKS = 64
     SUMMED = 4096  # values whose rows are summed before the next columns are
     MAX_TILES = 32
-    TILE = 65536  # values in a tile, about, at least
+    TILE = 65536  # values in a tile, at least, about
     LEAST_STRIP = 256  # columns that one thread takes all steps of
     STRIP = 1024  # columns mapped down a tile: their coefficients stay in the first-level cache
     MANY_CHANNELS = 256  # fewer are copied
     MOST_COPIES = 64
     FOLDED = 4096  # more values than a row of several copies has
-    TILE_ROWS = 64  # and rows: fewer, and the tiles' sums weigh as much as their values
+    TILE_ROWS = 64  # rows in a tile, at least: the sums of fewer weigh as much as their values
 
 
 cdef struct plan:

@@ -50,19 +50,20 @@ cdef void cut(plan* p, const fn_task* t) noexcept nogil:
     p.padded = ceil_div(p.width, MOST_WIDTH) * MOST_WIDTH
     # All rows of a run at once where the sums fit registers: memory is read in its order then.
     p.step = RUN if p.width <= CHUNK * WIDTH else maximum(STEP, SUMMED // p.width)
-    # Row by row dy and x come from memory in its order (0.73 to 1.1 of the time where registers
-    # hold but 32 columns' sums; at 64 columns, of x alone, or from the last-level cache 1.0 to
-    # 1.7).
+    # Row by row, so that dy and x come from memory in its order, where registers hold the sums of
+    # but 32 columns: 0.73 to 1.1 of the time (rows of 64 columns, x alone, or what the last-level
+    # cache holds: 1.0 to 1.7).
     if REGISTERS == 16 and t.stream == STREAM_ALL and t.dy != NULL and p.width >= 2 * CHUNKS:
         p.step = 1
     p.strip = p.width
     if t.k == 1 and p.copies == 1:
-        # Statistics of several tiles, half of whose sums another thread has in its cache: by all of
-        # them (0.9 to 1.0 of the time; in a backward 1.0).
+        # Half the sums of several tiles are in another thread's cache: narrower strips, so that all
+        # threads finish some (0.9 to 1.0 of the time; in a backward 1.0).
         each = p.tiles > 1 and p.width >= STRIP and t.dy == NULL
         p.strip = LEAST_STRIP if each else STRIP
-    # Tiles too few for the threads (0.5 to 1.0 of the time; 600 to 1024 columns 0.9 to 1.4), in as
-    # many strips for each (0.75 to 0.9 at 3072 columns).
+    # Where tiles are too few for the threads, each takes all steps of some strips of columns (0.5
+    # to 1.0 of the time; at 600 to 1024 columns 0.9 to 1.4), as many as the others (0.75 to 0.9
+    # at 3072 columns).
     fit = t.l2 // 2 // (p.rows * <int64_t> sizeof(stored) * (1 if t.dy == NULL else 2))
     p.finishing = (t.k == 1 and p.copies == 1 and p.tiles < t.threads
                    and p.channels > STRIP and fit >= LEAST_STRIP)

@@ -100,7 +100,8 @@ cdef inline void backward_rows(const strip* of_rows, bint streaming, int64_t ahe
     cdef int64_t p = 0, lead = minimum(s.n, until_aligned(s.y)) if streaming else 0, step
     if s.stride * <int64_t> sizeof(stored) % 64 == 0:
         lead = maximum(lead, plain_head(s.y, s.n))
-    # 16 registers hold the sums of a pair alone (0.9 to 1.0 of the time; short rows 1.05 to 1.15).
+    # 16 registers hold the sums of a pair, not of a chunk: pairs take 0.9 to 1.0 of the time (of
+    # short rows 1.05 to 1.15).
     cdef bint chunks = REGISTERS > 16 or s.n < SHORT // 2
     while p < s.n:
         while chunks and p >= lead and p + CHUNK * WIDTH <= s.n:
@@ -200,10 +201,10 @@ cdef inline void find_terms(const plan* p, int64_t b, int64_t g, int64_t rows,
 cdef inline int64_t rows_together(const fn_task* t, bint* stream) noexcept nogil:
     """Rows mapped together, their sums of dweight in registers; whether they are streamed.
 
-    All of a group (0.75 to 0.9 of the time two by two), but long ones that are streamed two by
-    two, while they are in the first-level cache (all of them 1.05 to 1.15 times as long), or each
-    alone where it starts anywhere in a line. (Rows that lie in the same sets of the first-level
-    cache, two by two: 0.95 in the second-level cache, 1.0 to 1.3 out of it.)"""
+    They are all rows of a group (0.75 to 0.9 of the time that pairs take); but long ones that are
+    streamed are pairs, which are still in the first-level cache (all of them took 1.05 to 1.15
+    times as long), or single where they start anywhere in a line. (Pairs of rows that lie in the
+    same sets of the first-level cache: 0.95 in the second-level cache, 1.0 to 1.3 out of it.)"""
     cdef int64_t lead = until_aligned(<const stored*> t.y)
     cdef bint lines = lead == 0 and t.k * <int64_t> sizeof(stored) % 64 == 0
     stream[0] = t.stream and (lines or (t.k >= SHORT_RUN and lead >= 0))

@@ -22,9 +22,9 @@ enum { HAS_STREAMING_STORES = 1 };
 enum { HAS_STREAMING_STORES = 0 };
 #endif
 
-/* What lies so many bytes ahead is asked for by fused maps and maps of rows whose inputs the last
- * level may hold: processors do not foresee beyond a page. (0.5 to 1.0 of the time; of what comes
- * from memory up to 1.15, in long runs of a channel up to 1.4.) */
+/* Fused maps, and maps of rows whose inputs the last level may hold, ask for what lies so many bytes
+ * ahead: processors do not look beyond a page. (0.5 to 1.0 of the time; where inputs come from memory
+ * up to 1.15, in long runs of a channel up to 1.4.) */
 enum { AHEAD = 8192 };
 
 int32_t fastnorm_version(void)
@@ -137,8 +137,8 @@ typedef struct pieces {
     void *scratch;
 } pieces;
 
-/* One row of channels that are a set each, as inference of a single sample has it, too: 0.2 to 0.5 of the
- * time of rows from 64 channels on. Only rows know sums before the norm. */
+/* One row of channels that are a set each, as in inference of a single sample: as columns it takes 0.2
+ * to 0.5 of the time from 64 channels on. Only rows know sums before the norm. */
 static int one_row(const fn_task *task)
 {
     return task->b == 1 && task->o == 1 && task->i == 1 && task->k == 1 && task->g > 1;
@@ -238,17 +238,17 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
 
 /* Of FN_STREAM_ALL runs of y, how many are streamed past the caches.
  *
- * None while all arrays fill half of the last-level cache, which does not keep the oldest lines alone
- * and may have other tenants: at 0.8 of it plain stores took 1.3 to 1.8 times as long, at 0.6 from
- * 0.9 to 1.7, at 0.4 from 0.4 to 1.2. A call and the one that reads its y took 0.7 to 1.1 times as
- * long streamed at 0.75, 0.7 to 1.5 at 0.5, 0.8 to 2.1 at 0.25.
+ * None while all arrays fit half of the last-level cache, which may have other tenants, and does not
+ * drop the oldest lines first. Plain stores over streaming, by the part of that cache that the arrays
+ * fill: 1.3 to 1.8 at 0.8, 0.9 to 1.7 at 0.6, 0.4 to 1.2 at 0.4. Streaming over plain stores, of a
+ * call and the one that reads its y: 0.7 to 1.1 at 0.75, 0.7 to 1.5 at 0.5, 0.8 to 2.1 at 0.25.
  *
  * Beyond, a forward streams what that half has no room for beside its inputs, a few runs of y between
  * others, so that memory is written while those are mapped: 0.8 to 1.0 of the time of streaming all.
- * (A backward took 0.93 to 1.13 times as long so, Numba's kernels 0.85 to 1.25, and calls for which
- * only the second level is nearer than memory 0.8 to 1.25, 1.06 in the mean. Forwards that read x once
- * stored plainly there, from 12 to 48 MB moved: 0.87 to 1.0 where one call follows itself, but 1.0 to
- * 1.25 with the calls of others between.) */
+ * Others stream all of it. (A part took a backward 0.93 to 1.13 times as long, Numba's kernels 0.85 to
+ * 1.25, calls for which only the second level is nearer than memory 0.8 to 1.25, 1.06 in the mean.
+ * There plain stores, in forwards that read x once and move 12 to 48 MB, took 0.87 to 1.0 of the time
+ * where one call follows itself, but 1.0 to 1.25 with the calls of others between.) */
 static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
 {
     const size_t half = (size_t)fn_last_level_bytes() / 2, others = traffic - written;
@@ -259,9 +259,9 @@ static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
 
 /* The one place that decides between serial and parallel, plain and streaming stores.
  *
- * Sums down columns ask for the next rows only where the inputs are more than a quarter of it: below,
- * that costs more than it brings (0.94 to 1.0 of the time without, above it 1.0 to 1.4). Rows with a
- * weight for each place ask for the next ones from where the second-level caches no longer hold all. */
+ * far: sums down columns ask for the next rows where the inputs are more than a quarter of the last
+ * level (without, 1.0 to 1.4 times as long; below a quarter 0.94 to 1.0). beyond: rows with a weight
+ * for each place ask for the next ones where the second-level caches no longer hold all arrays. */
 static void choose_threads_and_stores(fn_task *task, const fastnorm_options *options, size_t size)
 {
     size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i * task->s) * size;

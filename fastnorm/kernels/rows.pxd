@@ -8,22 +8,27 @@ for that are split into tiles and read twice, as are few and wide rows in a back
 for each place (0.5 to 0.75 of the time of rows in parts); sets of short runs are summed as slabs
 (1.3 to 1.5 times faster at 7x7 than run by run).
 
-What lost, measured on one core with AVX-512: the sums of four rows of 768 before the first map (1.2
-times as long), one row summed while another is mapped (0.75 to 0.95 of the time from the last
-cache, but 1.0 to 1.15 times in the second and 1.0 to 2 times streamed), asking for the next row
-early where sets are one run (1.0 to 1.1 times), asking for it in the loop of the sums too (1.05 to
-1.2 times), a sample folded as a vector (1.02 to 1.3, though no sample at all is 0.9 at rows of 64),
-the samples of eight rows before their sums (1.0 to 1.1), a map of four vectors of all rows, then of
-the next four, with their weights in registers (0.96 to 1.2), asking for lines of y while x is
-summed (1.1 to 1.15 times), rows that end within a line put together before they are streamed (1.0
-to 1.35 times, though in a backward it wins), and -funroll-loops (1.2 times in cache). In a backward
-of rows, the parts of dweight merged by all threads (1.1 to 1.3 times), and loops of their own for
-what asks for nothing early (0.95 to 1.05). Fused multiply-adds everywhere, which the same bits at
-x86-64-v2 forbid, would change nothing (0.99 to 1.03, in cache and out of it): loads, stores and the
-caches are the bound.
-
 Sums are taken tile by tile and added in the order of the tiles. Tiles depend on the geometry
 alone; which thread takes which never changes a bit.
+
+What was tried instead, and its time over that of what is here (one core with AVX-512):
+
+- the sums of four rows of 768 before the first map: 1.2;
+- one row summed while another is mapped: 0.75 to 0.95 from the last-level cache, but 1.0 to 1.15
+  in the second-level cache and 1.0 to 2 where y is streamed;
+- the next row asked for early where sets are one run: 1.0 to 1.1; by the loop of the sums too: 1.05
+  to 1.2;
+- a sample folded as a vector: 1.02 to 1.3 (no sample at all: 0.9 at rows of 64); the samples of
+  eight rows before their sums: 1.0 to 1.1;
+- four vectors of all rows mapped before the next four, their weights in registers: 0.96 to 1.2;
+- lines of y asked for while x is summed: 1.1 to 1.15;
+- rows that end within a line put together before they are streamed: 1.0 to 1.35 (it wins in a
+  backward);
+- -funroll-loops: 1.2 in cache;
+- in a backward, the parts of dweight merged by all threads: 1.1 to 1.3; loops of their own for what
+  asks for nothing early: 0.95 to 1.05;
+- fused multiply-adds everywhere, which the same bits at x86-64-v2 forbid: 0.99 to 1.03, in cache
+  and out of it. Loads, stores and the caches are the bound.
 """
 
 from libc.string cimport memcpy, memset
@@ -36,17 +41,18 @@ cdef enum:
     FEW = 16  # sets, below which large ones are split
     BLOCK = 64
     SHORT_RUN = 256  # values in a run, below which sets are summed and mapped as slabs
-    # Bytes of one, below which they are only mapped as slabs; where outputs are streamed, SHORTEST,
-    # below which runs are not (0.8 of the time at 14x14; with a residual 1.0 to 1.3), and with an
-    # activation alone GIVEN_ACTIVATED (0.6 of the time at 15x15).
+    # With given statistics, which leave only the map, runs of fewer bytes are slabs. Where y is
+    # streamed, the limit is SHORTEST, from which on runs are (0.8 of the time at 14x14; with a
+    # residual slabs took 1.0 to 1.3 times as long), with an activation alone GIVEN_ACTIVATED (0.6
+    # of the time at 15x15).
     GIVEN_SHORT_RUN = 700
     GIVEN_ACTIVATED = 1024
-    SHEETS = 8  # parts of the samples, at most (32: 0.97 to 1.17 times as long)
+    SHEETS = 8  # parts of the samples, at most (32 took 0.97 to 1.17 times as long)
     SHEET = 8192  # values in one, about
     SCATTERED = 256  # runs, from which a set is slower to gather than to read twice
     CROWDED = 3 << 18  # bytes of a set that do not stay in a second-level cache
-    SHORT = 1024  # values in a run, below which the next one is not foreseen
-    ELEMENTS = 4096  # values of ROWS rows, or what fits a cache: more are not summed together
+    SHORT = 1024  # values in a run, below which processors do not see the next one coming
+    ELEMENTS = 4096  # values of all rows, up to which ROWS of them are summed together
     KEPT = 8192  # values of rows that are kept where their sum of two terms is streamed
     STRIP = 1024  # columns whose weights and sums stay in the first-level cache
 
@@ -77,8 +83,8 @@ cdef inline bint in_slabs(const fn_task* t) noexcept nogil:
         return False
     if not t.given or t.dy != NULL:
         return t.o >= 8 or (t.o > 1 and t.o * 16 >= t.i)  # 0.55 to 1.0 of the time
-    # What only maps fills its slabs for few runs too (0.5 to 0.9 of the time), but not for a single
-    # one of each channel, where no activation comes on top (1.0 to 2.1 times as long).
+    # Given statistics: slabs pay for few runs of a channel too (0.5 to 0.9 of the time), but not
+    # for a single one (1.0 to 2.1 times as long), unless an activation comes on top.
     return (t.fused or t.o > 1) and t.i * <int64_t> sizeof(stored) < (
         GIVEN_SHORT_RUN if not t.stream or t.residual != NULL
         else GIVEN_ACTIVATED if t.fused else SHORTEST)
@@ -107,7 +113,7 @@ cdef inline void cut_sheets(plan* p) noexcept nogil:
     p.sheets = 1
     if not in_slabs(t):
         return
-    # Smaller ones in groups of sets (sheets 1.1 to 1.6 times as long).
+    # Smaller arrays are taken in groups of sets (sheets took 1.1 to 1.6 times as long).
     if sample > PLACES:
         least = 3 << 16
     elif t.g > lines and t.g % lines == 0 and lines * t.i >= SHORT_RUN:
@@ -133,7 +139,8 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
     p.n = n
     p.stride = t.g * t.k * t.i
     p.inverse = 1.0 / <double> (t.o * t.k * t.i)
-    # One or three would leave a thread waiting: 0.5 to 0.95 of the time (two 1.0 to 1.15).
+    # One or three sets would leave a thread waiting: smaller tiles take 0.5 to 0.95 of the time
+    # (for two sets 1.0 to 1.15).
     if (p.sets == 1 or p.sets == 3) and values <= TILE < 2 * p.sets * values and (
             t.dy == NULL or t.i > 1):
         tile = TILE // 4
@@ -156,7 +163,7 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         p.group = ceil_div(t.g, 8)
         if in_slabs(t):
             most = minimum(most, (2 * PLACES if t.stream else PLACES) // n)
-            # Rows of a group start at lines: 0.5 to 0.95 of the time in cache.
+            # As many that each row of a group starts at a line: 0.5 to 0.95 of the time in cache.
             lines = whole_lines(n)
             if lines <= most and lines * threads <= t.g:
                 p.group = maximum(p.group, lines)
@@ -164,14 +171,15 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
             p.group -= p.group % lines if p.group > lines else 0
         p.group = maximum(1, minimum(p.group, most))
         p.block = maximum(1, t.g // (8 * threads) // p.group) * p.group
-        # Few that threads would not share evenly: 0.83 to 0.95 of the time.
+        # One block for each thread, where few blocks would not be shared evenly: 0.83 to 0.95 of
+        # the time.
         most = ceil_div(ceil_div(t.g, p.block), threads) * p.block
         if not in_slabs(t) and 20 * most > 21 * ceil_div(t.g, threads):
             p.block = ceil_div(t.g, threads)
     cut_sheets(p)
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
-    # What a part sums of dweight crosses from core to core: of a quarter as many rows, parts took
-    # 1.1 to 1.7 times as long where all arrays are a few MB.
+    # Each part's sums of dweight cross from core to core: four times as many parts took 1.1 to 1.7
+    # times as long where all arrays are a few MB.
     p.b_tiles = minimum(32, maximum(4, (1 << 16) // (t.g * t.k)))
     if t.i > 1:
         p.b_tiles = minimum(t.b, p.b_tiles)

@@ -99,8 +99,8 @@ cdef inline void map_channels(const fn_task* t, int64_t set_, int64_t r, int64_t
 
 cdef void map_piece(const fn_task* t, int64_t set_, int64_t r, int64_t p0, int64_t p1,
                     double mean, double rstd, int64_t ahead, edge* ends) noexcept nogil:
-    """Normalize the places [p0, p1) of run r of a set. (Runs that are many and short have the loops
-    where they are called, else 1.03 to 1.13 of the time.)"""
+    """Normalize the places [p0, p1) of run r of a set. (Callers with many short runs have the
+    inlined loops themselves: by this function 1.03 to 1.13 times as long.)"""
     cdef int64_t at = set_start(t, set_) + r * t.g * t.k * t.i + p0
     if t.i == 1:
         map_elements(t, <const stored*> t.x + at, at, set_ % t.g * t.k + p0, p1 - p0, mean, rstd,
@@ -314,11 +314,13 @@ cdef inline void map_found(const plan* p, const found* f, int64_t ahead,
 
 
 cdef void forward_few(void* context, int64_t index) noexcept nogil:
-    """forward_block for o == 1, where a set is one run: short ones ROWS at a time. (Mapped only
-    after the next ones are summed, so that nothing waits for divisions and roots, sets of up to 128
-    values took 1.0 to 1.2 times as long. Rows of arrays that the last-level cache holds, one by
-    one, nothing asked for, and y stored plainly: 0.67 to 0.9 of the time where 16 to 24 MB of its
-    32 are moved and others leave it alone, 1.1 to 2 times where they do not.)"""
+    """forward_block for o == 1, where a set is one run: short ones ROWS at a time.
+
+    What was tried instead: to map sets only after the next ones are summed, so that nothing waits
+    for divisions and roots (1.0 to 1.2 times as long for up to 128 values); where the last-level
+    cache holds all arrays, rows one by one, nothing asked for, and y stored plainly (0.67 to 0.9 of
+    the time where 16 to 24 MB of its 32 are moved and others leave it alone, 1.1 to 2 times as long
+    where they do not)."""
     cdef const plan* p = <const plan*> context
     cdef const fn_task* t = p.task
     cdef int64_t set_ = index * p.block, end = minimum(p.sets, set_ + p.block), ahead = 0
@@ -343,10 +345,11 @@ cdef void forward_few(void* context, int64_t index) noexcept nogil:
             now.rows = valid_rows(t, set_, now.rows) if t.g == 1 else 1
         set_ += now.rows
         find_rows(p, kept if keeping else NULL, &now)
-        # The next block's too, but for sets of several channels (1.0 to 1.3 times as long); and not
-        # long rows, which the processor foresees (1.0 to 1.3). Rows with a weight for each place
-        # from the last-level cache too (0.65 to 1.0 of the time; images 1.0 to 1.2). Of a Xeon
-        # nothing (0.86 to 1.0 of the time; a backward of rows 0.88 to 1.2).
+        # The next sets are asked for, also those of the next block; not where sets have several
+        # channels (the next block's then 1.0 to 1.3 times as long), nor long rows, which the
+        # processor sees coming (1.0 to 1.3). Rows with a weight for each place are asked for from
+        # the last-level cache too (0.65 to 1.0 of the time; images 1.0 to 1.2). A Xeon sees all of
+        # them coming (0.86 to 1.0 of the time without; a backward of rows 0.88 to 1.2).
         ahead = 0
         if (foreseeing and not t.foreseen and set_ < (end if t.k > 1 and t.i > 1 else p.sets)
                 and t.terms[0] == NULL and p.n < ELEMENTS):
