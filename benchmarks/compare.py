@@ -23,7 +23,7 @@ import numpy as np
 from fastnorm import geometry
 from fastnorm.bench import cells, contenders
 from fastnorm.bench import run as benchmark
-from fastnorm.bench.run import floors, mean_ratio, time_once
+from fastnorm.bench.run import floor_of, floors, mean_ratio, time_once
 
 DTYPES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
 NO_MEAN, GIVEN = 1, 2
@@ -180,7 +180,7 @@ def main():
             # Whoever follows the floors is up to 1.2 times as slow for some milliseconds, in cache.
             settling = {"settling": calls["0"]}
             times = measure(floors(aligned) | settling | calls, options.seconds)
-        floor = min(times["floor plain"], times["floor streaming"])
+        floor = floor_of(times)
         seconds = [times[name] for name in calls]
         for ratios, took in zip(against, seconds, strict=True):
             ratios.append(took / seconds[0])

@@ -41,8 +41,7 @@ def measure(op, backward, layout, n, c, s, threads):
     cell = Cell(op, backward, layout, (n, c, s, s))
     problem = contenders.Problem(cell, threads)
     times = run.measure(run.floors(problem) | {"call": contenders.native(problem)}, 0.3)
-    floor = min(times["floor plain"], times["floor streaming"])
-    return times["call"], floor, workspace(cell)
+    return times["call"], run.floor_of(times), workspace(cell)
 
 
 def main(path):

@@ -196,7 +196,7 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
             map_fused_rows(p, b, row, count, c0, n)
         if whole > 0:
             sum_rows(x + row * p.width, past(dy, row * p.width), count, p.width, n, &m, s, q,
-                     p.step, t.far and p.step < RUN)
+                     p.step, t.far and (p.step < RUN or (t.unseen and t.dy == NULL)))
         elif p.copies > 1:
             sum_gaps(p, b, row, p.copies, &m, s, q)
         row += count
@@ -225,7 +225,7 @@ cdef void sum_tile(const plan* p, int64_t b, int64_t tile, int64_t c0,
 
 cdef inline void map_down(
     const stored* x, const stored* dy, stored* y, int64_t rows, const coefficients* m,
-    bint streaming, int vectors
+    bint streaming, int64_t ahead, int vectors
 ) noexcept nogil:
     """map_each for whole rows of a few vectors: the coefficients stay in registers, or, where those
     are few, on the stack (0.6 to 1.15 of the time)."""
@@ -249,6 +249,8 @@ cdef inline void map_down(
             gates[2 * v + 1] = load_work(m.gate_shift + v * WIDTH)
     for _row in range(rows):
         for v in range(vectors):
+            if ahead:
+                fetch(x + v * WIDTH + ahead)
             if dy != NULL:
                 d = load(dy + v * WIDTH)
             y_row[v] = mapped(load(x + v * WIDTH), d, hi[v], scale[v], shift[v], dscale[v],
@@ -257,6 +259,16 @@ cdef inline void map_down(
         x += vectors * WIDTH
         y += vectors * WIDTH
         dy = past(dy, vectors * WIDTH)
+
+
+cdef inline void map_all_down(const fn_task* t, const stored* x, const stored* dy, stored* y,
+                              int64_t rows, const coefficients* m, bint streaming,
+                              int vectors) noexcept nogil:
+    """map_down, in a loop of its own where it asks ahead (1.05 to 1.08 of the time elsewhere)."""
+    if t.unseen and dy == NULL:
+        map_down(x, NULL, y, rows, m, streaming, t.ahead, vectors)
+    else:
+        map_down(x, dy, y, rows, m, streaming, 0, vectors)
 
 
 cdef inline void map_some(const plan* p, int64_t b, int64_t at, int64_t rows, int64_t c, int64_t n,
@@ -291,15 +303,16 @@ cdef inline void map_lines(const plan* p, int64_t b, int64_t at, int64_t rows, i
     streaming = streams(t.stream, y) and until_aligned(y) == 0
     down = 0 if p.down == 0 else rows * (p.width // (p.down * WIDTH))
     if p.down == 3 * part:
-        map_down(x, dy, y, down, &m, streaming, 3 * part)
+        map_all_down(t, x, dy, y, down, &m, streaming, 3 * part)
     elif p.down == 4 * part:
-        map_down(x, dy, y, down, &m, streaming, 4 * part)
+        map_all_down(t, x, dy, y, down, &m, streaming, 4 * part)
     elif REGISTERS > 16 and p.down == 5:  # 0.85 to 1.0 of the time in cache, and 6
-        map_down(x, dy, y, down, &m, streaming, 5)
+        map_all_down(t, x, dy, y, down, &m, streaming, 5)
     elif REGISTERS > 16 and p.down == 6:
-        map_down(x, dy, y, down, &m, streaming, 6)
+        map_all_down(t, x, dy, y, down, &m, streaming, 6)
     else:
-        map_rows_of_places(x, dy, y, rows, p.width, p.width, &m, t.stream, t.ahead, ends)
+        map_rows_of_places(x, dy, y, rows, p.width, p.width, &m, t.stream,
+                           ahead_of(t, p.width, p.width), ends)
 
 
 cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, int64_t c0,
@@ -322,7 +335,7 @@ cdef void map_whole_rows(const plan* p, int64_t b, int64_t row, int64_t stop, in
     else:
         while c < c1:
             n = minimum(STRIP, c1 - c)
-            map_some(p, b, start, stop - row, c, n, t.stream, t.ahead, &ends)
+            map_some(p, b, start, stop - row, c, n, t.stream, ahead_of(t, n, p.width), &ends)
             c += n
     close_edge(&ends)
 

@@ -178,7 +178,7 @@ cdef inline void sum_places(const plan* p, int64_t b, int64_t g, int64_t rows, i
             s[r] = 0
         else:
             sums[0] = sums[1] = 0
-            sum_runs(x + at, dy + at, weight, 1, 0, n, c[r].hi, NULL, sums)
+            sum_runs(x + at, dy + at, weight, 1, 0, n, c[r].hi, NULL, sums, 0)
             s[r] = sums[0]
             q[r] = sums[1]
     if brief:

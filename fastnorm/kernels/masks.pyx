@@ -39,7 +39,7 @@ cdef public void sum_valid(const fn_task* t, int64_t at, int64_t n, work about,
                 if dy != NULL:
                     keep_valid(dy, mask, count, 0, kept_dy)
                     dy = kept_dy
-            sum_runs(x, dy, NULL, 1, 0, count, about, NULL, sums)
+            sum_runs(x, dy, NULL, 1, 0, count, about, NULL, sums, 0)
         at += count
         n -= count
 

@@ -54,6 +54,7 @@ cdef enum:
     SHORT = 1024  # values in a run, below which processors do not see the next one coming
     ELEMENTS = 4096  # values of all rows, up to which ROWS of them are summed together
     KEPT = 8192  # values of rows that are kept where their sum of two terms is streamed
+    LONG_RUN = 16384  # values of a run that is asked for while it is summed, in a backward too
     STRIP = 1024  # columns whose weights and sums stay in the first-level cache
 
 
@@ -72,6 +73,7 @@ cdef struct plan:
     int64_t sheets  # parts of the samples, where these are summed in memory order
     int64_t sheet_sets  # whose slabs are summed and mapped together
     int64_t blocks
+    int64_t sums_ahead  # values ahead that sums ask for, or 0
     int64_t channels  # of a set in a unit of work of a split backward
     int64_t b_tiles  # parts of b that sum dweight each for themselves
     double* partial
@@ -177,6 +179,12 @@ cdef inline void cut(plan* p, const fn_task* t, int64_t n) noexcept nogil:
         if not in_slabs(t) and 20 * most > 21 * ceil_div(t.g, threads):
             p.block = ceil_div(t.g, threads)
     cut_sheets(p)
+    # Runs of sets that do not stay in cache (else the map of the ones before asks for them), and in
+    # a backward long ones (else up to 1.2 times as long).
+    p.sums_ahead = 0
+    if t.unseen and (n >= LONG_RUN if t.dy != NULL
+                     else 2 * bytes > t.near or (t.o == 1 and n >= ELEMENTS)):
+        p.sums_ahead = t.ahead
     p.channels = minimum(t.k, maximum(1, TILE // (t.o * t.i)))
     # Each part's sums of dweight cross from core to core: four times as many parts took 1.1 to 1.7
     # times as long where all arrays are a few MB.

@@ -61,10 +61,10 @@ cdef inline void sum_channel(const plan* p, int64_t set_, int64_t k, int64_t til
         gate[0] = splat(z.scale)
         gate[1] = splat(z.shift)
         sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
-                 p.stride, p1 - p0, hi, gate, sums)
+                 p.stride, p1 - p0, hi, gate, sums, 0)
     else:
         sum_runs(<const stored*> p.task.x + at, <const stored*> p.task.dy + at, NULL, r1 - r0,
-                 p.stride, p1 - p0, hi, NULL, sums)
+                 p.stride, p1 - p0, hi, NULL, sums, p.sums_ahead)
 
 
 cdef inline void map_channel(const plan* p, int64_t set_, int64_t start, int64_t channel,

@@ -25,9 +25,12 @@ cdef inline void sum_tile(const plan* p, int64_t set_, work about, int64_t tile,
                           bint masked) noexcept nogil:
     cdef int64_t r0, r1, p0, p1, r, at = set_start(p.task, set_)
     tile_bounds(p, tile, &r0, &r1, &p0, &p1)
-    if not masked:
+    if not masked and p.sums_ahead > 0:
         sum_runs(<const stored*> p.task.x + at + r0 * p.stride + p0, NULL, NULL, r1 - r0, p.stride,
-                 p1 - p0, about, NULL, sums)
+                 p1 - p0, about, NULL, sums, p.sums_ahead)
+    elif not masked:
+        sum_runs(<const stored*> p.task.x + at + r0 * p.stride + p0, NULL, NULL, r1 - r0, p.stride,
+                 p1 - p0, about, NULL, sums, 0)
     else:
         for r in range(r0, r1):
             sum_valid(p.task, at + r * p.stride + p0, p1 - p0, about, sums)

@@ -16,12 +16,17 @@ from fastnorm.kernels.words cimport *
 
 cdef inline void sum_step(
     const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
-    const vec* gate, vec* s, vec* q, bint plain
+    const vec* gate, vec* s, vec* q, bint plain, int64_t ahead
 ) noexcept nogil:
-    """LANES values; n of them where n is not LANES. Where s is NULL, only q. `plain` is about 0."""
+    """LANES values; n of them where n is not LANES. Where s is NULL, only q. `plain` is about 0.
+    With `ahead`, what lies so far ahead is asked for meanwhile."""
     cdef vec a, d
     cdef int v
     for v in range(VECTORS):
+        if ahead:
+            fetch(x + v * WIDTH + ahead)
+            if dy != NULL:
+                fetch(dy + v * WIDTH + ahead)
         if n == LANES:
             d = load(x + v * WIDTH)
             if not plain:
@@ -49,17 +54,17 @@ cdef inline void sum_step(
 
 cdef inline void sum_lanes(
     const stored* x, const stored* dy, const work* weight, int64_t n, vec about, work fill,
-    const vec* gate, vec* s, vec* q, bint plain
+    const vec* gate, vec* s, vec* q, bint plain, int64_t ahead
 ) noexcept nogil:
     """sum_step over n values."""
     cdef int64_t p = 0
     while p + LANES <= n:
         sum_step(x + p, past(dy, p), past_weight(weight, p), LANES, about, fill, gate, s,
-                 q, plain)
+                 q, plain, ahead)
         p += LANES
     if p < n:
         sum_step(x + p, past(dy, p), past_weight(weight, p), n - p, about, fill, gate, s,
-                 q, plain)
+                 q, plain, 0)
 
 
 cdef inline void sum_short(
@@ -76,11 +81,11 @@ cdef inline void sum_short(
     for v in range(VECTORS):
         s[v] = q[v] = splat(0)
     if folded_s == NULL:
-        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, NULL, q, True)
+        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, NULL, q, True, 0)
     elif EXACT and about == 0:
-        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, s, q, True)
+        sum_lanes(x, dy, weight, n, splat(0), 0, NULL, s, q, True, 0)
     else:
-        sum_lanes(x, dy, weight, n, splat(about), about, NULL, s, q, False)
+        sum_lanes(x, dy, weight, n, splat(about), about, NULL, s, q, False, 0)
     if folded_s != NULL:
         fold_to_eight(folded_s, s)
     fold_to_eight(folded_q, q)
@@ -88,7 +93,7 @@ cdef inline void sum_short(
 
 cdef inline void sum_runs(
     const stored* x, const stored* dy, const work* weight, int64_t runs, int64_t stride, int64_t n,
-    work about, const vec* gate, double* sums
+    work about, const vec* gate, double* sums, int64_t ahead
 ) noexcept nogil:
     """Add to sums[0] and sums[1], over `runs` runs of n values, with d = x - about,
 
@@ -97,16 +102,18 @@ cdef inline void sum_runs(
         dy*weight and dy*weight*d  with one weight for each place in the run
 
     Where gate is not NULL, dy is taken back through ReLU, whose input was d*gate[0] + gate[1].
+    `ahead` as in sum_step.
     """
     if EXACT and about == 0:
-        sum_runs_about(x, dy, weight, runs, stride, n, 0, gate, sums, True)
+        sum_runs_about(x, dy, weight, runs, stride, n, 0, gate, sums, True, ahead)
     else:
-        sum_runs_about(x, dy, weight, runs, stride, n, about, gate, sums, False)
+        sum_runs_about(x, dy, weight, runs, stride, n, about, gate, sums, False,
+                       ahead)
 
 
 cdef inline void sum_runs_about(
     const stored* x, const stored* dy, const work* weight, int64_t runs, int64_t stride, int64_t n,
-    work about, const vec* gate, double* sums, bint plain
+    work about, const vec* gate, double* sums, bint plain, int64_t ahead
 ) noexcept nogil:
     cdef vec s[VECTORS]
     cdef vec q[VECTORS]
@@ -124,7 +131,7 @@ cdef inline void sum_runs_about(
             stop = minimum(n, p + FLUSH * LANES)
             steps += (stop - p + LANES - 1) // LANES
             sum_lanes(x + p, past(dy, p), past_weight(weight, p), stop - p, center, about, gate,
-                      s, q, plain)
+                      s, q, plain, ahead)
             p = stop
             if steps >= FLUSH:
                 flush_lanes(s, total_s, flushed)

@@ -73,8 +73,8 @@ cdef inline void map_slabs(const plan* p, int64_t at, int64_t rows, int64_t sets
         map_fused(t, at, sets * p.n, rows, p.stride, &c, &ends)
     else:
         map_rows_of_places(<const stored*> t.x + at, past(<const stored*> t.dy, at),
-                           <stored*> t.y + at, rows, p.stride, sets * p.n, &c, t.stream, t.ahead,
-                           &ends)
+                           <stored*> t.y + at, rows, p.stride, sets * p.n, &c, t.stream,
+                           ahead_of(t, sets * p.n, p.stride), &ends)
     close_edge(&ends)
     if t.stream:
         stream_end()

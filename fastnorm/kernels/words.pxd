@@ -63,7 +63,7 @@ cdef extern from "words.h" nogil:
 
     ctypedef struct fn_task:
         int64_t b, o, g, k, i, s
-        int has_mean, scaled, given, fused, stream, far, beyond, foreseen, ahead
+        int has_mean, scaled, given, fused, stream, far, beyond, foreseen, unseen, ahead
         const void* x
         const void* dy
         void* y
@@ -180,6 +180,12 @@ cdef inline int64_t shared_evenly(int64_t units) noexcept nogil:
     or 8."""
     cdef int64_t threads = 8 if units > 16 else 4
     return units // threads * threads if units > 8 else units + (units > 1) * units % 2
+
+
+cdef inline int64_t ahead_of(const fn_task* t, int64_t n, int64_t stride) noexcept nogil:
+    """Places ahead that a map of rows of n values asks for: in the next row where its own ends
+    before."""
+    return maximum(t.ahead, stride) if n < t.ahead else t.ahead
 
 
 cdef inline coefficients affine_map(int which, const work* hi, const work* scale,
