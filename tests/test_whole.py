@@ -264,3 +264,28 @@ def test_a_backward_in_doubt():
         relu | {"residual": x.copy(), "dy": x.copy(), "out_residual": frozen},
     ):
         assert whole(**changed) is None
+
+
+def test_geometries_that_are_remembered_are_those_of_the_call(monkeypatch):
+    """More of them than are remembered, some in the place of others, and of more axes."""
+    rng = np.random.default_rng(0)
+    sizes = [(n, spatial) for n in range(2, 14)
+             for spatial in ((6,), (70,), (2, 3), (3, 2), (1,) * 6 + (5,))]
+    calls = [
+        (fastnorm.batch_norm, "NCHW", {"training": True}),
+        (fastnorm.batch_norm, "NHWC", {"training": True}),
+        (fastnorm.layer_norm, None, {"normalized_shape": (4,)}),
+        *((fastnorm.group_norm, layout, {"num_groups": groups})
+          for layout in ("NCHW", "NHWC") for groups in (2, 4, 2)),
+        (fastnorm.instance_norm, "NCHW", {}),
+    ]
+    for function, layout, arguments in calls:
+        for n, spatial in sizes:
+            x = rng.normal(size=(n, 4, *spatial) if layout == "NCHW" else (n, *spatial, 4))
+            if layout:
+                arguments["layout"] = layout
+            y = function(x, **arguments)
+            with monkeypatch.context() as the_long_way:
+                the_long_way.setattr(call, "whole_forward", lambda *_: None)
+                wanted = function(x, **arguments)
+            np.testing.assert_array_equal(y, wanted, err_msg=f"{function.__name__} {x.shape}")

@@ -7,14 +7,11 @@ from cpython.tuple cimport PyTuple_CheckExact
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.math cimport isfinite
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, int64_t
-from libc.string cimport memset
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
 
 from fastnorm import backends, config
-from fastnorm.backends import (
-    ACTIVATIONS, BATCH, GELU, GELU_TANH, GIVEN_STATISTICS, LEAKY_RELU, NO_MEAN, NOTHING, ROWS,
-    Fused,
-)
+from fastnorm.backends import ACTIVATIONS, NOTHING, Fused
 from fastnorm.dtypes import TABLE
 from fastnorm.geometry import ALIGNED, CHANNELS_FIRST, LINE, batch, group, rows
 from fastnorm.results import Gradients, GradientsWithResidual, Statistics
@@ -23,6 +20,11 @@ cnp.import_array()
 
 cdef size_t line = LINE
 cdef cnp.npy_intp aligned = ALIGNED
+# Numbers of C's, which are no objects somewhere else in memory.
+cdef int BATCH = backends.BATCH, ROWS = backends.ROWS, NO_MEAN = backends.NO_MEAN
+cdef int GIVEN_STATISTICS = backends.GIVEN_STATISTICS, LEAKY_RELU = backends.LEAKY_RELU
+cdef int GELU = backends.GELU, GELU_TANH = backends.GELU_TANH
+cdef dict channels_first = CHANNELS_FIRST
 
 
 cdef extern from "fastnorm.h" nogil:
@@ -208,14 +210,13 @@ cdef void finish(int status) except *:
         raise ValueError(f"libfastnorm: {fastnorm_status_string(status).decode()}")
 
 
-cpdef forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_mean,
-              running_var, double momentum, int flags, int num_threads, fused=NOTHING):
-    cdef fastnorm_geometry sizes
+cdef int run_forward(const fastnorm_geometry* sizes, x, y, weight, bias, double eps, mean, var,
+                     rstd, running_mean, running_var, double momentum, int flags, int num_threads,
+                     fused) except -1:
     cdef fastnorm_options options
     cdef fastnorm_forward_args args
     cdef int status
     memset(&args, 0, sizeof(args))
-    load_geometry(&sizes, geometry)
     start(&options, num_threads)
     args.struct_size = sizeof(args)
     args.dtype = code(x)
@@ -239,18 +240,17 @@ cpdef forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running
         args.sum = data(fused.sum)
         args.mask = <const unsigned char*> data(fused.mask)
     with nogil:
-        status = fastnorm_forward(&sizes, &args, &options)
+        status = fastnorm_forward(sizes, &args, &options)
     finish(status)
+    return 0
 
 
-cpdef backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
-               int num_threads, fused=NOTHING):
-    cdef fastnorm_geometry sizes
+cdef int run_backward(const fastnorm_geometry* sizes, dy, x, weight, mean, rstd, dx, dweight, dbias,
+                      int flags, int num_threads, fused) except -1:
     cdef fastnorm_options options
     cdef fastnorm_backward_args args
     cdef int status
     memset(&args, 0, sizeof(args))
-    load_geometry(&sizes, geometry)
     start(&options, num_threads)
     args.struct_size = sizeof(args)
     args.dtype = code(x)
@@ -273,8 +273,24 @@ cpdef backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flag
         args.dsum = data(fused.dsum)
         args.mask = <const unsigned char*> data(fused.mask)
     with nogil:
-        status = fastnorm_backward(&sizes, &args, &options)
+        status = fastnorm_backward(sizes, &args, &options)
     finish(status)
+    return 0
+
+
+def forward(geometry, x, y, weight, bias, double eps, mean, var, rstd, running_mean, running_var,
+            double momentum, int flags, int num_threads, fused=NOTHING):
+    cdef fastnorm_geometry sizes
+    load_geometry(&sizes, geometry)
+    run_forward(&sizes, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
+                momentum, flags, num_threads, fused)
+
+
+def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags, int num_threads,
+             fused=NOTHING):
+    cdef fastnorm_geometry sizes
+    load_geometry(&sizes, geometry)
+    run_backward(&sizes, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, num_threads, fused)
 
 
 # ---- whole calls -----------------------------------------------------------------------------
@@ -285,30 +301,70 @@ cpdef backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flag
 
 cdef enum:
     MOST_THREADS = 1 << 16
+    KNOWN = 64
+    KNOWN_AXES = 8
 
 
-cdef object sizes_of(int norm, object x, object layout, object groups):
-    """The geometry of a call, or None."""
-    cdef int64_t channels, wanted
-    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray> x)
+cdef object geometry_of(int norm, object shape, bint first, int64_t groups):
+    if norm == ROWS:
+        return rows(shape, 1)
+    return batch(shape, first) if norm == BATCH else group(shape, first, groups)
+
+
+cdef struct known:
+    # A geometry, and what it is of.
+    int norm, first, ndim
+    int64_t groups
+    cnp.npy_intp shape[KNOWN_AXES]
+    fastnorm_geometry sizes
+
+
+# The last ones that geometry.py gave: a large call leaves nothing of Python in the caches, where to
+# ask it again took 2 to 6 us.
+cdef known[KNOWN] geometries
+
+
+cdef bint sizes_of(int norm, object x, object layout, object groups,
+                   known* found) except -1:
+    """Whether there is no doubt about the geometry of a call, which is found then."""
+    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(<cnp.ndarray> x)
+    cdef int ndim = cnp.PyArray_NDIM(<cnp.ndarray> x), axis
+    cdef int64_t channels
+    cdef uint64_t place
+    cdef known* old
+    if not 0 < ndim <= KNOWN_AXES:
+        return False
+    memset(found, 0, sizeof(known))
+    found.norm, found.ndim = norm, ndim
+    memcpy(found.shape, shape, ndim * sizeof(cnp.npy_intp))
     if norm == ROWS:
         if PyTuple_CheckExact(groups) and len(<tuple> groups) == 1:
             groups = (<tuple> groups)[0]
-        if not PyLong_CheckExact(groups) or ndim < 1:
-            return None
-        return rows(x.shape, 1) if groups == x.shape[ndim - 1] else None
-    first = CHANNELS_FIRST.get(layout) if PyUnicode_CheckExact(layout) else None
-    if first is None or ndim < 2:
-        return None
-    if norm == BATCH:
-        return batch(x.shape, first)
-    channels = cnp.PyArray_DIM(<cnp.ndarray> x, 1 if first else ndim - 1)
-    if groups is None:  # instance norm
-        return group(x.shape, first, channels)
-    if not PyLong_CheckExact(groups) or not 0 < groups <= channels:
-        return None
-    wanted = groups
-    return group(x.shape, first, wanted) if channels % wanted == 0 else None
+        if not PyLong_CheckExact(groups) or groups != shape[ndim - 1]:
+            return False
+    else:
+        first = channels_first.get(layout) if PyUnicode_CheckExact(layout) else None
+        if first is None or ndim < 2:
+            return False
+        found.first = first
+        channels = shape[1 if found.first else ndim - 1]
+        if norm != BATCH and groups is None:  # instance norm
+            found.groups = channels
+        elif norm != BATCH:
+            if not PyLong_CheckExact(groups) or not 0 < groups <= channels:
+                return False
+            found.groups = groups
+            if channels % found.groups != 0:
+                return False
+    place = 0
+    for axis in range(ndim):
+        place = place * 31 + <uint64_t> shape[axis]
+    old = &geometries[place % KNOWN]
+    if memcmp(old, found, sizeof(known) - sizeof(fastnorm_geometry)) != 0:
+        load_geometry(&found.sizes, geometry_of(norm, x.shape, found.first, found.groups))
+        old[0] = found[0]
+    found.sizes = old.sizes
+    return True
 
 
 cdef object engine_of(object backend, object dtype):
@@ -380,9 +436,11 @@ cdef int activation_of(object activation, object slope, object approximate) exce
         kind = ACTIVATIONS.get(activation, -1) if PyUnicode_CheckExact(activation) else -1
     if kind == LEAKY_RELU and not (PyFloat_CheckExact(slope) and isfinite(<double> slope)):
         return -1
+    if approximate == "none":
+        return kind
     if approximate == "tanh":
         return GELU_TANH if kind == GELU else kind
-    return kind if approximate == "none" else -1
+    return -1
 
 
 cdef inline bint may_be(object out, object other) noexcept:
@@ -452,7 +510,8 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
                   slope=None, approximate="none", residual=None, out_sum=None):
     """y, or (y, sum of rows with a residual, Statistics); None where something must be looked at.
     groups: None of instance norm, and normalized_shape of rows."""
-    cdef fastnorm_geometry sizes
+    cdef known asked
+    cdef fastnorm_geometry* sizes = &asked.sizes
     cdef cnp.npy_intp shape[64]
     cdef int kind, param_kind, kind_after, threads, axes
     cdef bint given = flags & GIVEN_STATISTICS
@@ -468,10 +527,10 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
         return None
     engine = engine_of(backend, x.dtype)
     threads = threads_of(num_threads)
-    found = sizes_of(norm, x, layout, groups)
-    if engine is None or threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
+    if (
+            engine is None or threads < 0 or not sizes_of(norm, x, layout, groups, &asked)
+            or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0):
         return None
-    load_geometry(&sizes, found)
     if not (one_for_each(weight, param_kind, sizes.g * sizes.k)
             and one_for_each(bias, param_kind, sizes.g * sizes.k)
             and one_for_each(running_mean, param_kind, sizes.g)
@@ -510,14 +569,15 @@ def whole_forward(int norm, x, out, layout, groups, weight, bias, eps, running_m
         fused = Fused(kind_after, slope if kind_after == LEAKY_RELU else 0.0, residual, total)
     mean = var = rstd = None
     if return_stats:
-        axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
+        axes = statistics_axes(norm, <cnp.ndarray> x, sizes, shape)
         mean = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
         var = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
         rstd = cnp.PyArray_EMPTY(axes, shape, cnp.NPY_FLOAT64, 0)
     if engine == "native":
-        forward(found, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
-                momentum, flags, threads, fused)
+        run_forward(sizes, x, y, weight, bias, eps, mean, var, rstd, running_mean, running_var,
+                    momentum, flags, threads, fused)
     else:
+        found = geometry_of(norm, x.shape, asked.first, asked.groups)
         flat = None, None, None
         if return_stats:
             flat = mean.reshape(-1), var.reshape(-1), rstd.reshape(-1)
@@ -533,7 +593,8 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
                    out_residual=None, dsum=None):
     """Gradients, with a residual GradientsWithResidual; None where something must be looked at.
     bias matters to activations alone, but one that does not fit is a slip."""
-    cdef fastnorm_geometry sizes
+    cdef known asked
+    cdef fastnorm_geometry* sizes = &asked.sizes
     cdef cnp.npy_intp shape[64]
     cdef cnp.npy_intp channels
     cdef int kind, param_kind, kind_after, threads, axes, axis
@@ -543,10 +604,10 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
         return None
     engine = engine_of(backend, x.dtype)
     threads = threads_of(num_threads)
-    found = sizes_of(norm, x, layout, groups)
-    if engine is None or threads < 0 or found is None or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0:
+    if (
+            engine is None or threads < 0 or not sizes_of(norm, x, layout, groups, &asked)
+            or cnp.PyArray_SIZE(<cnp.ndarray> x) == 0):
         return None
-    load_geometry(&sizes, found)
     channels = sizes.g * sizes.k
     if not (is_like(dy, <cnp.ndarray> x) and one_for_each(weight, param_kind, channels)
             and one_for_each(bias, param_kind, channels)
@@ -558,7 +619,7 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
             kind_after, dy, <cnp.ndarray> x, weight, bias, out, residual, out_residual, dsum):
         return None
     mean, rstd = stats.mean, stats.rstd
-    axes = statistics_axes(norm, <cnp.ndarray> x, &sizes, shape)
+    axes = statistics_axes(norm, <cnp.ndarray> x, sizes, shape)
     for array in (mean, rstd):
         if not simple(array, cnp.NPY_FLOAT64) or cnp.PyArray_NDIM(<cnp.ndarray> array) != axes:
             return None
@@ -580,8 +641,9 @@ def whole_backward(int norm, dy, x, stats, layout, groups, weight, bias, out, in
     dweight = cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     dbias = None if flags & NO_MEAN else cnp.PyArray_EMPTY(1, &channels, param_kind, 0)
     if engine == "native":
-        backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads, fused)
+        run_backward(sizes, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads, fused)
     else:
+        found = geometry_of(norm, x.shape, asked.first, asked.groups)
         engine.backward(found, dy, x, weight, mean, rstd, dx, dweight, dbias, flags, threads, fused)
     if residual is None:
         return Gradients(dx, dweight, dbias)
