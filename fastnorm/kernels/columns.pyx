@@ -249,7 +249,7 @@ cdef inline void map_down(
             gates[2 * v + 1] = load_work(m.gate_shift + v * WIDTH)
     for _row in range(rows):
         for v in range(vectors):
-            if ahead:
+            if ahead and opens_line(v):
                 fetch(x + v * WIDTH + ahead)
             if dy != NULL:
                 d = load(dy + v * WIDTH)

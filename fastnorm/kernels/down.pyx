@@ -9,8 +9,8 @@ from libc.stdint cimport int64_t
 from fastnorm.kernels.runs cimport map_places
 from fastnorm.kernels.words cimport (
     CHUNK, EXACT, OF_PLACES, STEP, WIDTH, affine_map, all_zero, coefficients, edge, fetch, load,
-    load_part, load_work, minimum, past, plus, plus_product, store_work, stored, through_relu,
-    vec, work, zeros,
+    load_part, load_work, minimum, opens_line, past, plus, plus_product, store_work, stored,
+    through_relu, vec, work, zeros,
 )
 
 
@@ -30,7 +30,7 @@ cdef inline void sum_down(
             if about != NULL:
                 d = d - about[v]
             e = d
-            if ahead:
+            if ahead and opens_line(v):
                 fetch(x + v * WIDTH + ahead)
                 if dy != NULL:
                     fetch(dy + v * WIDTH + ahead)

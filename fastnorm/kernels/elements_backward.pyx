@@ -60,7 +60,7 @@ cdef inline void backward_columns(const strip* s, int64_t first, int64_t n, bint
         shift = splat(s.c[r].shift)
         for v in range(vectors):
             at = v * WIDTH
-            if ahead:
+            if ahead and opens_line(v):
                 fetch(x + at + ahead)
                 fetch(dy + at + ahead)
             d = load(x + at) if whole else load_part(x + at, n, 0)

@@ -16,8 +16,8 @@ from libc.string cimport memset
 from fastnorm.kernels.words cimport (
     ALL_VALID, BATCH, NONE_VALID, OF_ALL, OF_PLACES, OF_ROWS, SOME_VALID, WIDTH, affine_map,
     ahead_of, blank_gaps, coefficients, edge, fetch, fn_task, head, load, load_part, load_work,
-    load_work_part, minimum, past, past_weight, place_in_mask, plain_head, put, put_all, put_ends,
-    splat, store, store_part, stored, streams, stretch, vec, work,
+    load_work_part, minimum, opens_line, past, past_weight, place_in_mask, plain_head, put, put_all,
+    put_ends, splat, store, store_part, stored, streams, stretch, vec, work,
 )
 
 
@@ -132,6 +132,8 @@ cdef inline void map_with(
         while p + TOGETHER * WIDTH <= n:
             if ahead:
                 for v in range(TOGETHER):
+                    if not opens_line(v):
+                        continue
                     fetch(<const stored*> t.x + at + p + v * WIDTH + ahead)
                     if residual:
                         fetch(<const stored*> t.residual + at + p + v * WIDTH + ahead)

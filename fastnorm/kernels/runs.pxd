@@ -23,7 +23,7 @@ cdef inline void sum_step(
     cdef vec a, d
     cdef int v
     for v in range(VECTORS):
-        if ahead:
+        if ahead and opens_line(v):
             fetch(x + v * WIDTH + ahead)
             if dy != NULL:
                 fetch(dy + v * WIDTH + ahead)
@@ -203,7 +203,7 @@ cdef inline void load_batch(vec* a, vec* b, const stored* x, const stored* dy, i
         a[v] = load(x + v * WIDTH)
         if dy != NULL:
             b[v] = load(dy + v * WIDTH)
-        if ahead:
+        if ahead and opens_line(v):
             fetch(x + v * WIDTH + ahead)
             if dy != NULL:
                 fetch(dy + v * WIDTH + ahead)
@@ -377,4 +377,4 @@ cdef inline void fetch_runs(const stored* x, int64_t runs, int64_t stride,
         p = 0
         while p < n:
             fetch(x + r * stride + p)
-            p += WIDTH
+            p += 64 // <int64_t> sizeof(stored)
