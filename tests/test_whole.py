@@ -269,8 +269,8 @@ def test_a_backward_in_doubt():
 def test_geometries_that_are_remembered_are_those_of_the_call(monkeypatch):
     """More of them than are remembered, some in the place of others, and of more axes."""
     rng = np.random.default_rng(0)
-    sizes = [(n, spatial) for n in range(2, 14)
-             for spatial in ((6,), (70,), (2, 3), (3, 2), (1,) * 6 + (5,))]
+    sizes = [(n, spatial) for n in (2, 3)
+             for spatial in (*((s,) for s in range(2, 100)), (2, 3), (3, 2), (1,) * 6 + (5,))]
     calls = [
         (fastnorm.batch_norm, "NCHW", {"training": True}),
         (fastnorm.batch_norm, "NHWC", {"training": True}),

@@ -301,7 +301,7 @@ def backward(geometry, dy, x, weight, mean, rstd, dx, dweight, dbias, int flags,
 
 cdef enum:
     MOST_THREADS = 1 << 16
-    KNOWN = 64
+    KNOWN = 64  # 6 bits
     KNOWN_AXES = 8
 
 
@@ -357,9 +357,9 @@ cdef bint sizes_of(int norm, object x, object layout, object groups,
             if channels % found.groups != 0:
                 return False
     place = 0
-    for axis in range(ndim):
-        place = place * 31 + <uint64_t> shape[axis]
-    old = &geometries[place % KNOWN]
+    for axis in range(ndim):  # Fibonacci hashing: sizes are often multiples of powers of two
+        place = (place ^ <uint64_t> shape[axis]) * <uint64_t> 11400714819323198485
+    old = &geometries[place >> 58]
     if memcmp(old, found, sizeof(known) - sizeof(fastnorm_geometry)) != 0:
         load_geometry(&found.sizes, geometry_of(norm, x.shape, found.first, found.groups))
         old[0] = found[0]
