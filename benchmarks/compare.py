@@ -8,6 +8,8 @@ workspace; shown is time over the memory floor, then each library's time over th
 
 A call that follows itself finds its arrays in the caches as it left them. Where a rule on stores
 or prefetches gains by that, --between shows what is left of it: it measures as the benchmark does.
+--pipeline shows what users have of it: 400 MB of arrays in turn, each call between one that writes
+its x (a backward's dy) and one that reads its y, which is timed with it.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from fastnorm.bench import cells, contenders
 from fastnorm.bench import run as benchmark
 from fastnorm.bench.run import floor_of, floors, mean_ratio, time_once
 
+PIPELINE = 400 << 20  # bytes, more than the caches hold
 DTYPES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
 NO_MEAN, GIVEN = 1, 2
 
@@ -145,6 +149,45 @@ def measure_between(floor_calls, calls, problem, seconds):
     return benchmark.measure(floor_calls | turns, seconds)
 
 
+def measure_alone(libraries, cell, dtype, options):
+    problem = contenders.Problem(cell, options.threads, dtype, options.behind)
+    calls = {str(at): call_of(one, problem) for at, one in enumerate(libraries)}
+    aligned = contenders.Problem(cell, options.threads, dtype) if options.behind else problem
+    if options.between:
+        return measure_between(floors(aligned), calls, problem, max(2.0, options.seconds))
+    # Whoever follows the floors is up to 1.2 times as slow for some milliseconds, in cache.
+    settling = {"settling": calls["0"]}
+    return measure(floors(aligned) | settling | calls, options.seconds)
+
+
+def measure_pipeline(libraries, cell, threads, dtype):
+    """Of each call, and of the floors in its place, with the reader of its y."""
+    from fastnorm.bench._floor import move
+
+    size = cell.bytes(np.dtype(dtype).itemsize)
+    steps = max(2, min(256, PIPELINE // (size * (3 + cell.backward))))
+    problems = [contenders.Problem(cell, threads, dtype) for _ in range(steps)]
+    written = [p.dy if cell.backward else p.x for p in problems]
+    read = [contenders.aligned(p.out.shape, dtype) for p in problems]
+    source = contenders.aligned(written[0].shape, dtype)
+    source[...] = written[0]
+    calls = {str(at): [call_of(one, p) for p in problems] for at, one in enumerate(libraries)}
+    floor_calls = [floors(p) for p in problems]
+    calls |= {name: [each[name] for each in floor_calls] for name in floor_calls[0]}
+    times = {name: [] for name in calls}
+    for _ in range(5):
+        for name, called in calls.items():
+            for timed in (False, True):
+                for p, x, call, z in zip(problems, written, called, read, strict=True):
+                    move(x, None, source, None, 0, threads)
+                    started = time.perf_counter()
+                    call()
+                    move(z, None, p.out, None, 0, threads)
+                    if timed:
+                        times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("library", nargs="+")
@@ -154,10 +197,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell")
     parser.add_argument("--between", action="store_true",
                         help="pauses and calls of PyTorch between, for 2 seconds or more each cell")
+    parser.add_argument("--pipeline", action="store_true",
+                        help="with a reader of y, 400 MB of arrays in turn")
     parser.add_argument("--behind", type=int, default=0, metavar="BYTES",
                         help="of a cache line, where arrays start: NumPy's own 16")
     options = parser.parse_args()
-    if options.between:
+    if options.between or options.pipeline:
         benchmark.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         libraries = [load(name, folder, at) for at, name in enumerate(options.library)]
@@ -171,17 +216,12 @@ def main():
     for cell in cells.cells():
         if options.only not in str(cell):
             continue
-        problem = contenders.Problem(cell, options.threads, dtype, options.behind)
-        calls = {str(at): call_of(one, problem) for at, one in enumerate(libraries)}
-        aligned = contenders.Problem(cell, options.threads, dtype) if options.behind else problem
-        if options.between:
-            times = measure_between(floors(aligned), calls, problem, max(2.0, options.seconds))
+        if options.pipeline:
+            times = measure_pipeline(libraries, cell, options.threads, dtype)
         else:
-            # Whoever follows the floors is up to 1.2 times as slow for some milliseconds, in cache.
-            settling = {"settling": calls["0"]}
-            times = measure(floors(aligned) | settling | calls, options.seconds)
+            times = measure_alone(libraries, cell, dtype, options)
         floor = floor_of(times)
-        seconds = [times[name] for name in calls]
+        seconds = [times[str(at)] for at in range(len(libraries))]
         for ratios, took in zip(against, seconds, strict=True):
             ratios.append(took / seconds[0])
         over = " ".join(f"{took / floor:7.2f}" for took in seconds)

@@ -97,8 +97,7 @@ def test_environment_forces_level_and_caches_without_changing_a_bit():
     for level in (name for name in LEVELS if name <= best):
         assert run(FASTNORM_ISA=level) == [level, wanted]
         # Everything streams past a last-level cache of one line, to wherever an array starts, and
-        # blocks are as small as they get. (Of a byte no thread has a part, as if it were distant:
-        # Intel's processors ask for nothing early then.)
+        # blocks are as small as they get.
         assert run(
             FASTNORM_ISA=level, FASTNORM_LAST_LEVEL_BYTES="64", FASTNORM_L2_BYTES="1"
         ) == [level, wanted]

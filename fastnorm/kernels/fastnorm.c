@@ -27,12 +27,6 @@ enum { HAS_STREAMING_STORES = 0 };
  * up to 1.15, in long runs of a channel up to 1.4.) */
 enum { AHEAD = 8192 };
 
-/* Bytes moved up to which a processor that foresees what follows does so early enough, where its last
- * level is distant. Beyond, what comes from memory is asked for AHEAD, by sums too (a Xeon takes 0.65
- * to 0.8 of the time to read 100 MB so, and calls that move 100 to 200 MB 0.77 to 1.0; below, from
- * 25 MB on, 0.95 to 1.1). */
-enum { FORESEEN = 64 << 20 };
-
 int32_t fastnorm_version(void)
 {
     return FASTNORM_VERSION_MAJOR * 10000 + FASTNORM_VERSION_MINOR * 100 + FASTNORM_VERSION_PATCH;
@@ -253,8 +247,9 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
  * others, so that memory is written while those are mapped: 0.8 to 1.0 of the time of streaming all.
  * Others stream all of it. (A part took a backward 0.93 to 1.13 times as long, Numba's kernels 0.85 to
  * 1.25, calls for which only the second level is nearer than memory 0.8 to 1.25, 1.06 in the mean.
- * There plain stores, in forwards that read x once and move 12 to 48 MB, took 0.87 to 1.0 of the time
- * where one call follows itself, but 1.0 to 1.25 with the calls of others between.) */
+ * There plain stores of calls that move 4 to 40 MB took, with the reader of their y, 1.05 to 1.4 times as
+ * long where 400 MB of arrays are used in turn, as by a network; 0.8 to 1.2 where one set of arrays is
+ * used again at once.) */
 static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
 {
     const size_t half = (size_t)fn_last_level_bytes() / 2, others = traffic - written;
@@ -267,7 +262,12 @@ static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
  *
  * far: sums down columns ask for the next rows where the inputs are more than a quarter of the last
  * level (without, 1.0 to 1.4 times as long; below a quarter 0.94 to 1.0). beyond: rows with a weight
- * for each place ask for the next ones where the second-level caches no longer hold all arrays. */
+ * for each place ask for the next ones where the second-level caches no longer hold all arrays.
+ * unseen: a processor that foresees what follows does so too late for memory, and for a last level as
+ * far away. What is streamed asks AHEAD then, sums too (with 400 MB of arrays in turn, each call and the
+ * reader of its y: rows, groups and inference that move 5 to 60 MB 0.88 to 1.0 of the time, training of
+ * batch norm 0.91 to 1.02. Where one call follows itself, and finds up to 60 MB in the last level, 1.0
+ * in the mean, rows of up to 1024 values 1.02 to 1.12. To read 100 MB from memory 0.65 to 0.8). */
 static void choose_threads_and_stores(fn_task *task, const fastnorm_options *options, size_t size)
 {
     size_t bytes = (size_t)(task->b * task->o * task->g * task->k * task->i * task->s) * size;
@@ -286,7 +286,7 @@ static void choose_threads_and_stores(fn_task *task, const fastnorm_options *opt
     task->foreseen = fn_foresees();
     task->far = bytes * (task->dy ? 2 : 1) > last_level / 4;
     task->beyond = task->stream || (int64_t)traffic > task->threads * task->l2;
-    task->unseen = task->foreseen && task->stream && traffic > (distant ? FORESEEN : last_level);
+    task->unseen = task->foreseen && task->stream && (distant || traffic > last_level);
     task->ahead = task->stream && (task->unseen || bytes * (arrays - 1) <= last_level)
                       ? AHEAD / (int)size : 0;
 }
