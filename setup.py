@@ -357,6 +357,12 @@ modules = cythonize(
             define_macros=NUMPY_API,
         ),
         Extension(
+            "fastnorm.whole",
+            ["fastnorm/whole.pyx"],
+            include_dirs=["include", numpy.get_include()],
+            define_macros=NUMPY_API,
+        ),
+        Extension(
             "fastnorm.bench._floor",
             ["fastnorm/bench/_floor.pyx", "fastnorm/bench/floor.c"],
             include_dirs=["fastnorm/bench", numpy.get_include()],
@@ -368,7 +374,7 @@ modules = cythonize(
     build_dir="build/cython",
     language_level=3,
 )
-modules[1].optional = True  # where there is no OpenMP; cythonize drops the argument of that name
+modules[-1].optional = True  # where there is no OpenMP; cythonize drops the argument of that name
 setup(
     version=version(),
     cmdclass={"build_ext": BuildWithLibrary, "install_c": InstallC, "dist_c": DistC},

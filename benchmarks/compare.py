@@ -160,8 +160,9 @@ def measure_alone(libraries, cell, dtype, options):
     return measure(floors(aligned) | settling | calls, options.seconds)
 
 
-def measure_pipeline(libraries, cell, threads, dtype):
-    """Of each call, and of the floors in its place, with the reader of its y."""
+def measure_pipeline(libraries, cell, threads, dtype, with_onednn):
+    """Of each call, and of the floors in its place, with the reader of its y. (Of the peers only
+    oneDNN has the same threads: those of others, which wait actively, would be in the way.)"""
     from fastnorm.bench._floor import move
 
     size = cell.bytes(np.dtype(dtype).itemsize)
@@ -172,6 +173,10 @@ def measure_pipeline(libraries, cell, threads, dtype):
     source = contenders.aligned(written[0].shape, dtype)
     source[...] = written[0]
     calls = {str(at): [call_of(one, p) for p in problems] for at, one in enumerate(libraries)}
+    if with_onednn and not cell.after:
+        calls["oneDNN"] = [contenders.onednn.onednn(p) for p in problems]
+        if None in calls["oneDNN"]:
+            del calls["oneDNN"]
     floor_calls = [floors(p) for p in problems]
     calls |= {name: [each[name] for each in floor_calls] for name in floor_calls[0]}
     times = {name: [] for name in calls}
@@ -199,6 +204,7 @@ def main():
                         help="pauses and calls of PyTorch between, for 2 seconds or more each cell")
     parser.add_argument("--pipeline", action="store_true",
                         help="with a reader of y, 400 MB of arrays in turn")
+    parser.add_argument("--onednn", action="store_true", help="in a pipeline, oneDNN last")
     parser.add_argument("--behind", type=int, default=0, metavar="BYTES",
                         help="of a cache line, where arrays start: NumPy's own 16")
     options = parser.parse_args()
@@ -212,22 +218,24 @@ def main():
         dtype = ml_dtypes.bfloat16
     else:
         dtype = np.dtype(options.dtype).type
-    against = [[] for _ in libraries]
+    names = [str(at) for at in range(len(libraries))] + ["oneDNN"] * options.onednn
+    against = {name: [] for name in names}
     for cell in cells.cells():
         if options.only not in str(cell):
             continue
         if options.pipeline:
-            times = measure_pipeline(libraries, cell, options.threads, dtype)
+            times = measure_pipeline(libraries, cell, options.threads, dtype, options.onednn)
         else:
             times = measure_alone(libraries, cell, dtype, options)
         floor = floor_of(times)
-        seconds = [times[str(at)] for at in range(len(libraries))]
-        for ratios, took in zip(against, seconds, strict=True):
-            ratios.append(took / seconds[0])
-        over = " ".join(f"{took / floor:7.2f}" for took in seconds)
-        change = " ".join(f"{took / seconds[0]:6.2f}" for took in seconds[1:])
+        seconds = {name: times[name] for name in names if name in times}
+        for name, took in seconds.items():
+            against[name].append(took / seconds["0"])
+        over = " ".join(f"{took / floor:7.2f}" for took in seconds.values())
+        change = " ".join(f"{against[name][-1]:6.2f}" for name in seconds if name != "0")
         print(f"{cell!s:38} {floor * 1e6:9.1f} us {over}  | {change}", flush=True)
-    print("over the first, geometric mean:", *(f"{mean_ratio(r):.3f}" for r in against[1:]))
+    means = (f"{mean_ratio(against[name]):.3f}" for name in names[1:])
+    print("over the first, geometric mean:", *means)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ from fastnorm.checks import check_input, check_number, check_out, check_writable
 from fastnorm.device import DeviceArray
 from fastnorm.results import Gradients, GradientsWithResidual, Statistics
 
+try:
+    from fastnorm.whole import whole_backward, whole_forward
+except ImportError:  # without the native library every call goes the long way
+
+    def whole_forward(*_):
+        return None
+
+    whole_backward = whole_forward
+
 # Most calls have nothing to look at closely, which compiled code sees sooner.
 _plain = getattr(backends.load("native"), "plain", lambda *_: False)
-# Whole calls, or None; see native.pyx.
-whole_forward = getattr(backends.load("native"), "whole_forward", lambda *_: None)
-whole_backward = getattr(backends.load("native"), "whole_backward", lambda *_: None)
 _holds = getattr(backends.load("native"), "holds", lambda *_: False)
 
 

@@ -64,7 +64,7 @@ from fastnorm.device import DeviceArray
 from fastnorm.results import Statistics
 
 # A call of arrays in which there is nothing to look at closely, without a mask and the like, is
-# done whole by compiled code (see whole_forward in call.py). The rest below is for the others.
+# done whole by compiled code (whole.pyx). The rest below is for the others.
 
 # ---- batch norm ----------------------------------------------------------------------------
 

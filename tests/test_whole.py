@@ -214,15 +214,15 @@ def test_in_doubt_the_long_way_looks(changed):
     }
     if changed.get("out_sum") is OUT:
         changed = changed | {"out_sum": changed["out"]}
-    assert native.whole_forward(backends.BATCH, *plain.values()) is not None
-    assert native.whole_forward(backends.BATCH, *(plain | changed).values()) is None
+    assert call.whole_forward(backends.BATCH, *plain.values()) is not None
+    assert call.whole_forward(backends.BATCH, *(plain | changed).values()) is None
 
 
 @pytest.mark.parametrize("groups", [0, 4, -2, True, 2.0, "2", 1 << 70])
 def test_odd_groups_are_looked_at(groups):
     x = np.ones((4, 6, 5), np.float32)
     arguments = (None, None, 1e-5, None, None, 0.1, 0, False, "native", None)
-    assert native.whole_forward(backends.GROUP, x, None, "NCHW", groups, *arguments) is None
+    assert call.whole_forward(backends.GROUP, x, None, "NCHW", groups, *arguments) is None
 
 
 def test_a_backward_in_doubt():
@@ -230,7 +230,7 @@ def test_a_backward_in_doubt():
     _, stats = fastnorm.batch_norm(x, training=True, return_stats=True)
 
     def whole(dy=x, x=x, stats=stats, weight=None, bias=None, out=None, **after):
-        return native.whole_backward(
+        return call.whole_backward(
             backends.BATCH, dy, x, stats, "NCHW", 0, weight, bias, out, 0, "native", None, **after
         )
 

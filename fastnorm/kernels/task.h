@@ -22,7 +22,7 @@ typedef struct fn_task {
     int far;               /* what sums read comes from the last level or memory */
     int beyond;            /* all arrays are more than the threads' second-level caches hold */
     int foreseen;          /* the processor asks early enough for rows that follow each other */
-    int unseen;            /* though not for these inputs, which come from memory */
+    int unseen;            /* but too late for these inputs, from memory or as far away */
     int ahead;             /* values that maps ask for meanwhile lie so far ahead, or 0 */
     const void *x;
     const void *dy; /* NULL in a forward */
