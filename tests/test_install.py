@@ -217,7 +217,7 @@ def test_scripts_of_the_benchmarks():
     library = fastnorm.get_library()
     for only, *extra in (
         ("group+silu NCHW 2x1280x8x8",), ("batch backward NHWC 1x64x8x8",), ("rms 64x64",),
-        ("rms 64x64", "--between"), ("rms 64x64", "--pipeline"),
+        ("rms 64x64", "--between"), ("rms 64x64", "--pipeline", "--onednn"),
     ):
         if extra:
             pytest.importorskip("torch")
