@@ -28,7 +28,7 @@ from fastnorm.bench import cells, contenders
 from fastnorm.bench import run as benchmark
 from fastnorm.bench.run import floor_of, floors, mean_ratio, time_once
 
-PIPELINE = 400 << 20  # bytes, more than the caches hold
+PIPELINE = 400 << 20  # bytes, more than two cores have of any cache
 DTYPES = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
 NO_MEAN, GIVEN = 1, 2
 
@@ -200,14 +200,17 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell")
-    parser.add_argument("--between", action="store_true",
-                        help="pauses and calls of PyTorch between, for 2 seconds or more each cell")
-    parser.add_argument("--pipeline", action="store_true",
-                        help="with a reader of y, 400 MB of arrays in turn")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--between", action="store_true",
+                     help="pauses and calls of PyTorch between, for 2 seconds or more each cell")
+    way.add_argument("--pipeline", action="store_true",
+                     help="with a reader of y, 400 MB of arrays in turn")
     parser.add_argument("--onednn", action="store_true", help="in a pipeline, oneDNN last")
     parser.add_argument("--behind", type=int, default=0, metavar="BYTES",
                         help="of a cache line, where arrays start: NumPy's own 16")
     options = parser.parse_args()
+    if options.onednn and not options.pipeline:
+        parser.error("--onednn takes part in a --pipeline alone")
     if options.between or options.pipeline:
         benchmark.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:

@@ -248,7 +248,7 @@ static void set_mask(fn_task *task, const uint8_t *mask, int64_t *counts)
  * Others stream all of it. (A part took a backward 0.93 to 1.13 times as long, Numba's kernels 0.85 to
  * 1.25, calls for which only the second level is nearer than memory 0.8 to 1.25, 1.06 in the mean.
  * There plain stores of calls that move 4 to 40 MB took, with the reader of their y, 1.05 to 1.4 times as
- * long where 400 MB of arrays are used in turn, as by a network; 0.8 to 1.2 where one set of arrays is
+ * long where 400 MB of arrays are used in turn, as by a network; 0.8 to 1.25 where one set of arrays is
  * used again at once.) */
 static int runs_to_stream(const fn_task *task, size_t traffic, size_t written)
 {
